@@ -1,0 +1,163 @@
+"""The course's small convolutional net, and checkpoints that can rebuild it alone."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.console import UserError
+from common.dataset import CLASS_NAMES, as_input
+
+COURSE_RANGE = (-1.0, 1.0)  # the course's own pictures, and bare checkpoints, are in this range
+PREDICTION_BATCH = 500
+
+
+class PixelRange(nn.Module):
+    """The first layer of every net: moves pixels from [0, 1] to the range it was trained on.
+
+    As part of the net it can't be forgotten, applied twice, or differ between training and test.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Map 0 to `low` and 1 to `high`."""
+        return pictures * (self.high - self.low) + self.low
+
+
+class CourseNet(nn.Module):
+    """The course's CNN: two convolutions and three linear layers, 66,171 parameters.
+
+    LeCun et al., "Gradient-based learning applied to document recognition" (1998), with ReLU,
+    max pooling and dropout.
+    """
+
+    def __init__(self, pixel_range: tuple[float, float] = COURSE_RANGE) -> None:
+        super().__init__()
+        self.pixel_range = PixelRange(*pixel_range)
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=5)  # 32x32 -> 28x28, pooled to 14x14
+        self.conv2 = nn.Conv2d(16, 16, kernel_size=5)  # 14x14 -> 10x10, pooled to 5x5
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, len(CLASS_NAMES))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return logits, [N, 3], of pictures, float32 [N, 3, 32, 32] in [0, 1]."""
+        x = self.pixel_range(pictures)
+        # The course applies ReLU, then pooling. The largest of four values is the same before
+        # and after ReLU, so pooling first gives the same net, with a quarter of the ReLU's work.
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = x.flatten(start_dim=1)
+        x = self.dropout(F.relu(self.fc1(x)))
+        x = self.dropout(F.relu(self.fc2(x)))
+        return self.fc3(x)
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"CourseNet": CourseNet}
+
+
+def build_network(
+    name: str = "CourseNet", pixel_range: tuple[float, float] = COURSE_RANGE
+) -> nn.Module:
+    """Return a new net of a kind in NETWORKS, in the memory layout that CPUs are fastest with."""
+    return NETWORKS[name](pixel_range).to(memory_format=torch.channels_last)
+
+
+def with_pixel_range(net: nn.Module, pixel_range: tuple[float, float]) -> nn.Module:
+    """Return a copy of the net that is fed pixels in another range: the bug of step 3g."""
+    other = copy.deepcopy(net)
+    other.pixel_range = PixelRange(*pixel_range)
+    return other
+
+
+def predict_logits(net: nn.Module, pictures: Tensor) -> Tensor:
+    """Return the logits, [N, 3], of pictures, uint8 or in [0, 1]; without dropout.
+
+    The net's mode (training or not) is what it was before.
+    """
+    device, was_training = next(net.parameters()).device, net.training
+    net.eval()
+    logits = []
+    with torch.no_grad():
+        for batch in pictures.split(PREDICTION_BATCH):
+            batch = as_input(batch) if batch.dtype == torch.uint8 else batch
+            logits.append(net(batch.to(device)).cpu())
+    net.train(was_training)
+    return torch.cat(logits)
+
+
+def save_checkpoint(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
+    """Write the net's weights, kind and pixel range, and `about`: what it was trained on.
+
+    The weights have the course's own names and are trained on the course's own range, so that
+    the course's evaluation script loads the file as well.
+    """
+    weights = {name: weight.detach().cpu() for name, weight in net.state_dict().items()}
+    pixel_range = (net.pixel_range.low, net.pixel_range.high)
+    kind = {"network": type(net).__name__, "pixel_range": pixel_range}
+    torch.save({"model_state_dict": weights} | kind | {"about": about}, path)
+
+
+def load_checkpoint(
+    path: Path, pixel_range: tuple[float, float] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a net from its checkpoint alone: ours, or one in the course's bare form.
+
+    Args:
+        pixel_range: the range a bare checkpoint was trained on; None means the course's [-1, 1].
+
+    Returns:
+        the net in evaluation mode, and what the file says of its training ({} for a bare one).
+
+    Raises:
+        UserError: no such file, no checkpoint, weights of another net, or a pixel range
+            given for a checkpoint that carries its own.
+    """
+    content = _read_checkpoint(path)
+    if "pixel_range" in content and pixel_range is not None:
+        own = "{:g},{:g}".format(*content["pixel_range"])
+        raise UserError(f"{path}: carries its own pixel range, {own}; leave --pixel-range out")
+    name = content.get("network", "CourseNet")
+    if name not in NETWORKS:
+        raise UserError(f"{path}: net of an unknown kind, {name}; known are {', '.join(NETWORKS)}")
+    net = build_network(name, content.get("pixel_range", pixel_range or COURSE_RANGE))
+    weights = content["model_state_dict"]
+    _check_weights(path, net, weights)
+    net.load_state_dict(weights)
+    return net.eval(), content.get("about", {})
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: not a whole checkpoint of torch.save, or not a safe one"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
+        raise UserError(f"{path}: holds no 'model_state_dict', which checkpoints here do")
+    return content
+
+
+def _check_weights(path: Path, net: nn.Module, weights: dict[str, Any]) -> None:
+    """Refuse weights of another net, naming the first that does not fit."""
+    expected = net.state_dict()
+    for name in [*expected, *weights]:
+        ours = list(expected[name].shape) if name in expected else "no such weight"
+        theirs = list(weights[name].shape) if name in weights else "no such weight"
+        if ours != theirs:
+            kind = type(net).__name__
+            raise UserError(f"{path}: {name} is {theirs}, but {kind} has {ours}: another net")
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise UserError(f"{path}: has weights that are NaN or infinite: its training diverged")
