@@ -31,6 +31,7 @@ SMALLEST_EXPECTED = 5  # pictures of a class in a block: the chi-squared test's 
 # moved by a pixel. In the course's sets all pairs above it are such copies, judged by eye.
 COPY_CORRELATION = 0.9
 SHOWN = 32
+CPU = torch.device("cpu")
 
 
 def pixel_statistics(dataset: Dataset) -> tuple[Tensor, Tensor]:
@@ -78,14 +79,16 @@ def standardise(pictures: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-6)
 
 
-def find_copies(dev: Dataset, train: Dataset) -> list[tuple[int, int, float]]:
+def find_copies(
+    dev: Dataset, train: Dataset, device: torch.device = CPU
+) -> list[tuple[int, int, float]]:
     """Return (index in dev, index in train, correlation) of pictures that stand in both sets.
 
     Mirrored copies count too. The most alike come first.
     """
-    ours, theirs = standardise(dev.pictures), standardise(train.pictures)
-    mirrored = standardise(dev.pictures.flip(dims=[3]))
-    correlation = torch.maximum(ours @ theirs.T, mirrored @ theirs.T)
+    pictures, theirs = dev.pictures.to(device), standardise(train.pictures.to(device))
+    ours, mirrored = standardise(pictures), standardise(pictures.flip(dims=[3]))
+    correlation = torch.maximum(ours @ theirs.T, mirrored @ theirs.T).cpu()
     pairs = torch.nonzero(correlation >= COPY_CORRELATION).tolist()
     copies = [(i, j, min(1.0, correlation[i, j].item())) for i, j in pairs]
     return sorted(copies, key=lambda copy: -copy[2])
@@ -234,12 +237,14 @@ def verdict(p_value: float | None, even: str, uneven: str) -> str:
     return f"{even if p_value >= 0.05 else uneven} (p = {format_p_value(p_value)})."
 
 
-def compare(train: Dataset, dev: Dataset, results: console.Results) -> dict[str, Any]:
+def compare(
+    train: Dataset, dev: Dataset, results: console.Results, device: torch.device
+) -> dict[str, Any]:
     """Compare train and dev: class shares, and pictures that stand in both."""
     p_value = shares_p_value(train, dev)
     same = "Dev has the class shares of train, as far as so few pictures can tell"
     print(verdict(p_value, same, "Dev has other class shares than train"))
-    copies = find_copies(dev, train)
+    copies = find_copies(dev, train, device)
     in_dev = len({copy[0] for copy in copies})
     print(f"{in_dev} pictures of dev stand in train too, exactly or nearly: they flatter a score.")
     results.save_figure("copies", draw_copies(dev, train, copies))
@@ -256,6 +261,7 @@ def main() -> None:
         "--export", type=Path, metavar="FOLDER", help="write the set as FOLDER/<part>/<class>/*.png"
     )
     arguments = parser.parse_args()
+    device = console.choose_device(arguments.device)
     source = open_source(arguments.data, arguments.data_seed)
     datasets = [source.load(part, arguments.quick) for part in PARTS if source.has(part)]
     results = console.Results(arguments, describe(*datasets))
@@ -277,7 +283,7 @@ def main() -> None:
         for ax, dataset in zip(axes, datasets, strict=True):
             draw(ax, dataset)
         results.save_figure(name, figure)
-    comparison = compare(*datasets, results) if len(datasets) == len(PARTS) else {}
+    comparison = compare(*datasets, results, device) if len(datasets) == len(PARTS) else {}
     results.save_json("inspectData", {"parts": facts, **comparison})
     if arguments.export:
         export(arguments.export, datasets)

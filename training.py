@@ -31,6 +31,7 @@ from common.console import UserError
 from common.dataset import CLASS_NAMES, Dataset, as_input, describe, open_source
 from common.network import (
     build_network,
+    fast_precision,
     load_checkpoint,
     predict_logits,
     save_checkpoint,
@@ -178,7 +179,9 @@ def train_step(
     net: nn.Module, optimizer: torch.optim.Optimizer, pictures: Tensor, labels: Tensor
 ) -> float:
     """Take one step on a batch (uint8 [B, 3, 32, 32], int64 [B]); return the loss before it."""
-    loss = F.cross_entropy(net(as_input(pictures)), labels)
+    with fast_precision(pictures.device):
+        logits = net(as_input(pictures))
+    loss = F.cross_entropy(logits.float(), labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -222,7 +225,7 @@ def fit(
     for epoch in range(recipe.epochs):
         losses = []
         for index in next(sampler).to(device).split(recipe.batch_size):
-            batch = pictures[index]
+            batch = pictures.index_select(0, index)
             if epoch >= recipe.plain_share * recipe.epochs:
                 batch = flip_and_shift(batch)
             losses.append(train_step(net, optimizer, batch, labels[index]))
@@ -377,7 +380,13 @@ def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
             ours = [run[score] for run in summary["runs"]]
             ax.plot([0, np.mean(ours)], [place, place], color="0.8", zorder=0)
             ax.plot(ours, [place] * len(ours), "o", color=figures.PALETTE[0], alpha=0.7)
-            ax.plot(summary["report"].get(score), place, "D", color=figures.PALETTE[3], mfc="none")
+            ax.plot(
+                summary["report"].get(score, np.nan),
+                place,
+                "D",
+                color=figures.PALETTE[3],
+                mfc="none",
+            )
         ax.set_title(title)
         ax.set_xlim(0, 1)
         ax.set_yticks(places, summaries if ax is axes[0] else [])

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -224,7 +225,8 @@ class Results:
     """
 
     def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
-        self.folder = arguments.out or Path("results") / data["source"]
+        quick = "-quick" if arguments.quick else ""  # a dry run must not overwrite real results
+        self.folder = arguments.out or Path("results") / (data["source"] + quick)
         self.settings = {name: _plain(value) for name, value in vars(arguments).items()}
         self.data = data
         self.written: list[Path] = []
@@ -264,7 +266,8 @@ class Results:
 
     def print_written(self) -> None:
         """Say where everything is."""
-        print("\nwritten:", *self.written, sep="\n  ")
+        names = textwrap.fill(", ".join(path.name for path in self.written), 98)
+        print(f"\nwritten to {self.folder}:\n{textwrap.indent(names, '  ')}")
 
 
 def _plain(value: Any) -> Any:
