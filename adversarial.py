@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import console, figures
+from common import console, figures, machine
 from common.dataset import CLASS_NAMES, Dataset, as_input, describe, open_source
 from common.network import predict_logits
+from common.results import Results
 from evaluation import SCORE_TITLES, add_checkpoint_options, evaluate_predictions
 from training import least_sampled, load_or_train
 
@@ -254,16 +255,16 @@ def main() -> None:
         help="largest change of a pixel, as a share of full brightness",
     )
     arguments = parser.parse_args()
-    device = console.choose_device(arguments.device)
+    device = machine.choose_device(arguments.device)
     source = open_source(arguments.data, arguments.data_seed)
     dev = source.load("dev", arguments.quick)
     train = source.load("train", arguments.quick) if source.has("train") else None
-    results = console.Results(arguments, describe(*filter(None, (train, dev))))
+    results = Results(arguments, describe(*filter(None, (train, dev))))
     net = load_or_train(arguments, results, train, dev, arguments.seed).to(device)
     if train is None:
         print("no training set here to fit the one noise for all on: that attack is left out")
 
-    console.prepare_torch(torch.get_num_threads())
+    machine.prepare_torch(torch.get_num_threads())
     before = predict_logits(net, dev.pictures).argmax(dim=1)
     attacks = run_attacks(net, train, dev, sorted(set(arguments.epsilons)), arguments.seed)
     clean = evaluate_predictions(dev.labels, before, arguments.seed)

@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from common import console, figures
+from common import console, figures, machine
 from common.dataset import CLASS_NAMES, PARTS, Dataset, describe, open_source
 from common.network import load_checkpoint, predict_logits
+from common.results import Results
 
 PRE_TRAINED = console.PROJECT / "models" / "pre_trained.ckpt"
 REPORT_PRE_TRAINED = {"accuracy": 0.88, "balanced_accuracy": 0.34, "g_mean": 0.0}
@@ -171,12 +172,12 @@ def main() -> None:
     add_checkpoint_options(parser, "models/pre_trained.ckpt")
     parser.add_argument("--part", choices=PARTS, default="dev", help="the part to evaluate on")
     arguments = parser.parse_args()
-    device = console.choose_device(arguments.device)
+    device = machine.choose_device(arguments.device)
     path = arguments.checkpoint or PRE_TRAINED
     net, about = load_checkpoint(path, arguments.pixel_range)
     source = open_source(arguments.data, arguments.data_seed)
     dataset = source.load(arguments.part, arguments.quick)
-    results = console.Results(arguments, describe(dataset))
+    results = Results(arguments, describe(dataset))
 
     logits = predict_logits(net.to(device), dataset.pictures)
     scores = evaluate_predictions(dataset.labels, logits.argmax(dim=1), arguments.seed)

@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from scipy.stats import chi2_contingency
 from torch import Tensor
 
-from common import console, figures
+from common import console, figures, machine
 from common.console import UserError
 from common.dataset import CLASS_NAMES, PARTS, Dataset, as_input, describe, open_source
 from common.picture_folder import write_folder
+from common.results import Results
 
 # The report's limits for outliers, for pixels in [0, 1].
 LOWEST_MEAN, HIGHEST_MEAN, LOWEST_STD = 0.1, 0.9, 0.1
@@ -237,9 +238,7 @@ def verdict(p_value: float | None, even: str, uneven: str) -> str:
     return f"{even if p_value >= 0.05 else uneven} (p = {format_p_value(p_value)})."
 
 
-def compare(
-    train: Dataset, dev: Dataset, results: console.Results, device: torch.device
-) -> dict[str, Any]:
+def compare(train: Dataset, dev: Dataset, results: Results, device: torch.device) -> dict[str, Any]:
     """Compare train and dev: class shares, and pictures that stand in both."""
     p_value = shares_p_value(train, dev)
     same = "Dev has the class shares of train, as far as so few pictures can tell"
@@ -261,10 +260,10 @@ def main() -> None:
         "--export", type=Path, metavar="FOLDER", help="write the set as FOLDER/<part>/<class>/*.png"
     )
     arguments = parser.parse_args()
-    device = console.choose_device(arguments.device)
+    device = machine.choose_device(arguments.device)
     source = open_source(arguments.data, arguments.data_seed)
     datasets = [source.load(part, arguments.quick) for part in PARTS if source.has(part)]
-    results = console.Results(arguments, describe(*datasets))
+    results = Results(arguments, describe(*datasets))
 
     facts = {dataset.part: inspect(dataset) for dataset in datasets}
     print_facts(facts)

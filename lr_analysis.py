@@ -19,9 +19,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from common import console, figures
+from common import console, figures, machine
 from common.dataset import CLASS_NAMES, Dataset, describe, open_source
 from common.network import build_network
+from common.results import Results
 from training import NAIVE, Recipe, fit, make_optimizer, make_sampler, train_step
 
 REPORT_RATES = (0.5, 0.05, 0.005, 0.0005, 0.00005)
@@ -190,7 +191,7 @@ def analyse_rates(
 ) -> dict[float, list[float]]:
     """Train at each rate, side by side where cores allow; return the losses by rate."""
     jobs = [(rate, recipe, train, seed, device) for rate in rates]
-    losses = console.side_by_side(losses_at_rate, jobs, device, "learning rates")
+    losses = machine.side_by_side(losses_at_rate, jobs, device, "learning rates")
     return dict(zip(rates, losses, strict=True))
 
 
@@ -213,9 +214,9 @@ def main() -> None:
         "--epochs", type=console.positive_whole_number, default=RECIPE.epochs, help="for each rate"
     )
     arguments = parser.parse_args()
-    device = console.choose_device(arguments.device)
+    device = machine.choose_device(arguments.device)
     train = open_source(arguments.data, arguments.data_seed).load("train", arguments.quick)
-    results = console.Results(arguments, describe(train))
+    results = Results(arguments, describe(train))
     recipe = replace(RECIPE, epochs=2 if arguments.quick else arguments.epochs)
 
     curves = analyse_rates(

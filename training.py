@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import WeightedRandomSampler
 from tqdm import tqdm
 
-from common import console, figures
+from common import console, figures, machine
 from common.console import UserError
 from common.dataset import CLASS_NAMES, Dataset, as_input, describe, open_source
 from common.network import (
@@ -37,6 +37,7 @@ from common.network import (
     save_checkpoint,
     with_pixel_range,
 )
+from common.results import Results
 from evaluation import SCORE_TITLES, add_checkpoint_options, evaluate, scores_of
 
 
@@ -278,7 +279,7 @@ def train_all(
     """Train each recipe with each seed, side by side where cores allow."""
     jobs = [(recipe, seed, train, dev, device) for recipe in recipes for seed in seeds]
     alone = len(jobs) == 1
-    return console.side_by_side(
+    return machine.side_by_side(
         train_and_evaluate, [(*job, alone) for job in jobs], device, "training runs"
     )
 
@@ -425,7 +426,7 @@ def _about(recipe: Recipe, seed: int, train: Dataset) -> dict[str, Any]:
     return {"recipe": asdict(recipe), "seed": seed, "trained_on": trained_on}
 
 
-def save_runs(results: console.Results, runs: list[Run], train: Dataset) -> None:
+def save_runs(results: Results, runs: list[Run], train: Dataset) -> None:
     """Write each run's checkpoint; the first seed's is `<recipe>.ckpt`."""
     for number, run in enumerate(runs):
         name = run.recipe.name if number == 0 else f"{run.recipe.name}-seed{run.seed}"
@@ -441,7 +442,7 @@ def adjusted(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
 
 def load_or_train(
     arguments: argparse.Namespace,
-    results: console.Results,
+    results: Results,
     train: Dataset | None,
     dev: Dataset,
     seed: int,
@@ -458,7 +459,7 @@ def load_or_train(
         if about == _about(recipe, seed, train):
             return net
     print(f"{path}: not there, or trained otherwise; training recipe {recipe.name}")
-    runs = train_all([recipe], [seed], train, dev, console.choose_device(arguments.device))
+    runs = train_all([recipe], [seed], train, dev, machine.choose_device(arguments.device))
     save_runs(results, runs, train)
     return runs[0].net
 
@@ -466,7 +467,7 @@ def load_or_train(
 def train_recipes(
     recipes: list[Recipe],
     seeds: list[int],
-    results: console.Results,
+    results: Results,
     train: Dataset,
     dev: Dataset,
     device: torch.device,
@@ -501,13 +502,13 @@ def main() -> None:
     )
     add_checkpoint_options(parser, "the net of final (for --show-mismatch only)")
     arguments = parser.parse_args()
-    device = console.choose_device(arguments.device)
+    device = machine.choose_device(arguments.device)
     source = open_source(arguments.data, arguments.data_seed)
     dev = source.load("dev", arguments.quick)
     train = None
     if not arguments.checkpoint:
         train = source.load("train", arguments.quick)
-    results = console.Results(arguments, describe(*filter(None, (train, dev))))
+    results = Results(arguments, describe(*filter(None, (train, dev))))
     if arguments.show_mismatch:
         net = load_or_train(arguments, results, train, dev, arguments.seed[0])
         results.save_json("mismatch", show_mismatch(net, dev, arguments.seed[0]))

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import console
+from common import console, machine
 from common.dataset import Dataset, as_input, open_source
 from common.network import CourseNet
 from training import NAIVE, fit
@@ -71,7 +71,7 @@ def our_epoch(train: Dataset) -> float:
 
 def our_epoch_with_kept_memory(train: Dataset) -> float:
     """The same as the scripts run it: the C library keeps freed memory."""
-    console.prepare_torch(joblib.cpu_count())
+    machine.prepare_torch(joblib.cpu_count())
     return our_epoch(train)
 
 

@@ -1,22 +1,12 @@
-"""How every script behaves: its options, its errors, its tables and the files it writes."""
+"""What every script shows and takes at the terminal: its options, its errors, its tables."""
 
 import argparse
-import ctypes
-import json
 import os
 import re
 import sys
-import tempfile
-import textwrap
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import joblib
-import torch
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -107,7 +97,7 @@ def positive_number(text: str) -> float:
 
 
 def _seed_list(text: str) -> list[int]:
-    return [natural_number(part) for part in text.split(",")]
+    return list(dict.fromkeys(natural_number(part) for part in text.split(",")))
 
 
 def run(main: Callable[[], None]) -> None:
@@ -125,64 +115,6 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` prefers CUDA, then MPS, then the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next((kind for kind, there in available.items() if there), "cpu")
-    if name != "cpu" and not available.get(name, False):
-        usable = ", ".join(["cpu", *(kind for kind, there in available.items() if there)])
-        raise UserError(f"--device {name}: not on this machine, which has {usable}")
-    return torch.device(name)
-
-
-def prepare_torch(threads: int) -> None:
-    """Set up this process for fast training on so many threads."""
-    _keep_freed_memory()
-    torch.set_num_threads(threads)
-
-
-def _keep_freed_memory() -> None:
-    """Ask the C library (glibc) to keep freed memory for reuse instead of giving it back.
-
-    A training step frees and asks again for the same few megabytes. Without this, each step
-    pays for fresh pages from the kernel, which costs more than the convolutions do
-    (benchmarks/epoch.py measures it). Does nothing where the C library is another.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # numbers from glibc's malloc.h
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 30)
-        ctypes.CDLL(None).mallopt(m_trim_threshold, (1 << 31) - 1)
-
-
-def side_by_side(
-    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], device: torch.device, name: str
-) -> list[Any]:
-    """Call `function(*job)` for each job, in parallel processes where cores allow.
-
-    Each process gets its share of the cores as threads. On a GPU the jobs go one by one.
-
-    Returns:
-        the results, in the order of the jobs.
-    """
-    workers = min(len(jobs), joblib.cpu_count()) if device.type == "cpu" else 1
-    threads = joblib.cpu_count() // workers
-    if workers == 1:
-        calls = (_call_with_threads(threads, function, job) for job in jobs)
-    else:
-        calls = joblib.Parallel(workers, return_as="generator")(
-            joblib.delayed(_call_with_threads)(threads, function, job) for job in jobs
-        )
-    # One job alone shows its own progress.
-    disable = True if len(jobs) == 1 else None
-    return list(tqdm(calls, total=len(jobs), desc=name, disable=disable))
-
-
-def _call_with_threads(threads: int, function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
-    prepare_torch(threads)
-    return function(*job)
-
-
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows of texts under their headers: the first column to the left, others right."""
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
@@ -190,88 +122,3 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         print("  ".join(cells).rstrip())
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: whole or not at all."""
-    descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
-    )
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp lets only the owner read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-class Results:
-    """The folder that a script writes to, and the facts that all its files carry.
-
-    Args:
-        arguments: the parsed options.
-        data: what every file says about the data; its source names the folder in `results/`.
-
-    Raises:
-        UserError: the folder can't be written. Found out here, before any long work.
-    """
-
-    def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
-        quick = "-quick" if arguments.quick else ""  # a dry run must not overwrite real results
-        self.folder = arguments.out or Path("results") / (data["source"] + quick)
-        self.settings = {name: _plain(value) for name, value in vars(arguments).items()}
-        self.data = data
-        self.written: list[Path] = []
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: can't be written: {error.strerror}") from error
-
-    def save(self, name: str, write: Callable[[Path], Any]) -> Path:
-        """Write the file `name` whole or not at all; return its path."""
-        path = self.folder / name
-        try:
-            write_whole(path, write)
-        except OSError as error:
-            raise UserError(f"{path}: can't be written: {error.strerror or error}") from error
-        self.written.append(path)
-        return path
-
-    def save_json(self, step: str, numbers: dict[str, Any]) -> None:
-        """Write `<step>.json`: the numbers, and all that is needed to get them again."""
-        packages = ("torch", "torchvision", "numpy", "scikit-learn", "matplotlib")
-        versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-        facts = {"step": step, "data": self.data, "settings": self.settings, "versions": versions}
-        text = json.dumps(facts | numbers, indent=2, allow_nan=False) + "\n"
-        self.save(f"{step}.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-    def save_figure(self, name: str, figure: Figure) -> None:
-        """Write `<name>.png`, with a last line that says which data it shows."""
-        quick = "QUICK DRY RUN, numbers mean nothing.  " if self.settings["quick"] else ""
-        source = self.data["source"]
-        drawn = " (drawn by the project, no photographs)" if source == "sketches" else ""
-        parts = [f"{part} {facts['fingerprint']}" for part, facts in self.data["parts"].items()]
-        line = f"{quick}Data: {source}{drawn}, {', '.join(parts)}"
-        figure.supxlabel(line, x=0.01, ha="left", fontsize=7, color="0.4")
-        self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=150))
-
-    def print_written(self) -> None:
-        """Say where everything is."""
-        names = textwrap.fill(", ".join(path.name for path in self.written), 98)
-        print(f"\nwritten to {self.folder}:\n{textwrap.indent(names, '  ')}")
-
-
-def _plain(value: Any) -> Any:
-    """Return an option's value in a form that JSON holds."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from common import cifar10, sketches
-from common.console import PROJECT, UserError, write_whole
+from common.console import PROJECT, UserError
 from common.course_files import read_pickle
 from common.picture_folder import read_folder
+from common.results import write_whole
 
 CLASS_NAMES = ("car", "truck", "cat")
 PARTS = ("train", "dev")

@@ -53,6 +53,7 @@ def test_pickle_that_calls_os_system_is_refused(course_folder, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickle_hidden_in_a_storage_is_refused(course_folder, tmp_path):
     marker = tmp_path / "ran"
     payload = pickle.dumps(Evil(marker))

@@ -13,7 +13,7 @@ import evaluation
 import inspectData
 import lr_analysis
 import training
-from common import console
+from common import console, machine, results
 
 SCRIPTS = [inspectData, evaluation, training, lr_analysis, adversarial]
 NAMES = [script.__name__ for script in SCRIPTS]
@@ -143,10 +143,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        console.write_whole(path, fail)
+        results.write_whole(path, fail)
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["file.txt"]
-    console.write_whole(path, lambda temporary: temporary.write_text("new"))
+    results.write_whole(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new"
 
 
@@ -162,9 +162,9 @@ def test_interrupt_ends_without_a_traceback(capsys):
 
 def test_figures_say_which_data_they_show(run_script, course_folder, monkeypatch):
     lines = []
-    original = console.Figure.supxlabel
+    original = results.Figure.supxlabel
     monkeypatch.setattr(
-        console.Figure,
+        results.Figure,
         "supxlabel",
         lambda self, text, **options: lines.append(text) or original(self, text, **options),
     )
@@ -185,4 +185,4 @@ def test_table_lines_up(capsys):
 
 def test_jobs_side_by_side_keep_their_order():
     jobs = [(number,) for number in (3, 1, 2)]
-    assert console.side_by_side(float, jobs, torch.device("cpu"), "jobs") == [3.0, 1.0, 2.0]
+    assert machine.side_by_side(float, jobs, torch.device("cpu"), "jobs") == [3.0, 1.0, 2.0]

@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from torch import nn
 
 import training
-from common import console
+from common import machine
 from common.dataset import as_input
 from common.network import load_checkpoint, predict_logits
 from training import NAIVE, RECIPES, Recipe, fit, flip_and_shift, least_sampled, shuffled, weighted
@@ -234,5 +234,5 @@ def test_comparison_figure_shows_ours_and_the_reports(train, dev):
 
 def test_kept_memory_changes_no_result(train):
     before = predict_logits(fit(QUICK, train, 0, CPU), train.pictures)
-    console.prepare_torch(threads=1)
+    machine.prepare_torch(threads=1)
     assert torch.equal(before, predict_logits(fit(QUICK, train, 0, CPU), train.pictures))

@@ -1,0 +1,70 @@
+"""What the machine has: which device to use, and how to keep all of its cores busy."""
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import joblib
+import torch
+from tqdm import tqdm
+
+from common.console import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` prefers CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind, there in available.items() if there), "cpu")
+    if name != "cpu" and not available.get(name, False):
+        usable = ", ".join(["cpu", *(kind for kind, there in available.items() if there)])
+        raise UserError(f"--device {name}: not on this machine, which has {usable}")
+    return torch.device(name)
+
+
+def prepare_torch(threads: int) -> None:
+    """Set up this process for fast training on so many threads."""
+    _keep_freed_memory()
+    torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Ask the C library (glibc) to keep freed memory for reuse instead of giving it back.
+
+    A training step frees and asks again for the same few megabytes. Without this, each step
+    pays for fresh pages from the kernel, a quarter of its time (benchmarks/epoch.py measures
+    it). Does nothing where the C library is another.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # numbers from glibc's malloc.h
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 30)
+        ctypes.CDLL(None).mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def side_by_side(
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], device: torch.device, name: str
+) -> list[Any]:
+    """Call `function(*job)` for each job, in parallel processes where cores allow.
+
+    Each process gets its share of the cores as threads. On a GPU the jobs go one by one.
+
+    Returns:
+        the results, in the order of the jobs.
+    """
+    workers = min(len(jobs), joblib.cpu_count()) if device.type == "cpu" else 1
+    threads = joblib.cpu_count() // workers
+    if workers == 1:
+        calls = (_call_with_threads(threads, function, job) for job in jobs)
+    else:
+        calls = joblib.Parallel(workers, return_as="generator")(
+            joblib.delayed(_call_with_threads)(threads, function, job) for job in jobs
+        )
+    # One job alone shows its own progress.
+    disable = True if len(jobs) == 1 else None
+    return list(tqdm(calls, total=len(jobs), desc=name, disable=disable))
+
+
+def _call_with_threads(threads: int, function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
+    prepare_torch(threads)
+    return function(*job)
