@@ -7,6 +7,7 @@ DATA = auto
 .PHONY: report test test-all lint format clean
 
 report: .venv/installed
+	@touch .venv/report-started
 	$(BIN)/python inspectData.py --data $(DATA)
 	$(BIN)/python evaluation.py --data $(DATA)
 	$(BIN)/python training.py --data $(DATA) --recipe all
@@ -15,7 +16,7 @@ report: .venv/installed
 	$(BIN)/python adversarial.py --data $(DATA)
 	@echo
 	@echo "All steps are done. Figures and numbers:"
-	@ls results/*/*.png results/*/*.json
+	@find results -type f -newer .venv/report-started | sort
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

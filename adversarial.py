@@ -259,7 +259,7 @@ def main() -> None:
     source = open_source(arguments.data, arguments.data_seed)
     dev = source.load("dev", arguments.quick)
     train = source.load("train", arguments.quick) if source.has("train") else None
-    results = Results(arguments, describe(*filter(None, (train, dev))))
+    results = Results(arguments, describe(train, dev))
     net = load_or_train(arguments, results, train, dev, arguments.seed).to(device)
     if train is None:
         print("no training set here to fit the one noise for all on: that attack is left out")

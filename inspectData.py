@@ -85,13 +85,13 @@ def find_copies(
 ) -> list[tuple[int, int, float]]:
     """Return (index in dev, index in train, correlation) of pictures that stand in both sets.
 
-    Mirrored copies count too. The most alike come first.
+    Of several copies in train, the closest; mirrored ones count too. The most alike come first.
     """
     pictures, theirs = dev.pictures.to(device), standardise(train.pictures.to(device))
     ours, mirrored = standardise(pictures), standardise(pictures.flip(dims=[3]))
-    correlation = torch.maximum(ours @ theirs.T, mirrored @ theirs.T).cpu()
-    pairs = torch.nonzero(correlation >= COPY_CORRELATION).tolist()
-    copies = [(i, j, min(1.0, correlation[i, j].item())) for i, j in pairs]
+    correlation, closest = torch.maximum(ours @ theirs.T, mirrored @ theirs.T).max(dim=1)
+    in_dev = torch.nonzero(correlation >= COPY_CORRELATION).flatten().tolist()
+    copies = [(i, int(closest[i]), min(1.0, correlation[i].item())) for i in in_dev]
     return sorted(copies, key=lambda copy: -copy[2])
 
 
@@ -166,7 +166,9 @@ def draw_copies(dev: Dataset, train: Dataset, copies: list[tuple[int, int, float
         captions.append(
             f"train {in_train}\n{CLASS_NAMES[train.labels[in_train]]}, {correlation:.3f}"
         )
-    title = f"{min(len(copies), SHOWN // 2)} of {len(copies)} pairs that stand in both sets"
+    title = (
+        f"{min(len(copies), SHOWN // 2)} of {len(copies)} pictures of dev that stand in train too"
+    )
     return figures.contact_sheet(
         title, torch.stack(pictures) if pictures else torch.empty(0), captions
     )
@@ -244,8 +246,9 @@ def compare(train: Dataset, dev: Dataset, results: Results, device: torch.device
     same = "Dev has the class shares of train, as far as so few pictures can tell"
     print(verdict(p_value, same, "Dev has other class shares than train"))
     copies = find_copies(dev, train, device)
-    in_dev = len({copy[0] for copy in copies})
-    print(f"{in_dev} pictures of dev stand in train too, exactly or nearly: they flatter a score.")
+    print(
+        f"{len(copies)} pictures of dev stand in train too, exactly or nearly, and flatter a score."
+    )
     results.save_figure("copies", draw_copies(dev, train, copies))
     return {
         "same_shares_p_value": p_value,

@@ -136,6 +136,7 @@ def draw_batches(
 
 def draw_losses(ax: Axes, curves: dict[float, Sequence[float]]) -> Axes:
     """Draw figure 3: smoothed loss against steps, one line a rate; a cross where it diverged."""
+    lowest = min(np.nanmin(smooth(losses)) for losses in curves.values())
     top = 1.2 * DIVERGED * GUESS_LOSS  # what leaps higher leaves the picture, at its cross
     for number, (rate, losses) in enumerate(curves.items()):
         color = figures.PALETTE[number % len(figures.PALETTE)]
@@ -159,7 +160,10 @@ def draw_losses(ax: Axes, curves: dict[float, Sequence[float]]) -> Axes:
         textcoords=("axes fraction", "offset points"),
     )
     ax.set(
-        yscale="log", ylim=(None, top), xlabel="step", ylabel="cross-entropy, smoothed (log axis)"
+        yscale="log",
+        ylim=(0.8 * min(lowest, GUESS_LOSS), top),
+        xlabel="step",
+        ylabel="cross-entropy, smoothed (log axis)",
     )
     ticks = (0.1, 0.2, 0.5, 1, 2, 5)
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -193,11 +197,6 @@ def analyse_rates(
     jobs = [(rate, recipe, train, seed, device) for rate in rates]
     losses = machine.side_by_side(losses_at_rate, jobs, device, "learning rates")
     return dict(zip(rates, losses, strict=True))
-
-
-def _for_json(losses: Sequence[float]) -> list[float | None]:
-    """Return losses with None where they are no number: JSON knows no NaN."""
-    return [loss if math.isfinite(loss) else None for loss in map(float, losses)]
 
 
 def main() -> None:
@@ -244,11 +243,11 @@ def main() -> None:
         f"{rate:g}": {
             "verdict": verdicts[rate],
             "diverged_at_step": first_diverged(curve),
-            "smoothed_losses": _for_json(smooth(curve)),
+            "smoothed_losses": smooth(curve).tolist(),
         }
         for rate, curve in curves.items()
     }
-    test = {"rates": tested_rates[: len(losses)].tolist(), "losses": _for_json(losses)}
+    test = {"rates": tested_rates[: len(losses)].tolist(), "losses": losses}
     results.save_json(
         "lr_analysis", {"rates": by_rate, "range_test": test | {"suggestion": suggestion}}
     )

@@ -420,17 +420,12 @@ def show_mismatch(net: nn.Module, dev: Dataset, seed: int) -> dict[str, Any]:
     return scores
 
 
-def _about(recipe: Recipe, seed: int, train: Dataset) -> dict[str, Any]:
-    """Return what a checkpoint says of its training."""
-    trained_on = {"source": train.source, **train.facts()}
-    return {"recipe": asdict(recipe), "seed": seed, "trained_on": trained_on}
-
-
 def save_runs(results: Results, runs: list[Run], train: Dataset) -> None:
     """Write each run's checkpoint; the first seed's is `<recipe>.ckpt`."""
     for number, run in enumerate(runs):
         name = run.recipe.name if number == 0 else f"{run.recipe.name}-seed{run.seed}"
-        about = _about(run.recipe, run.seed, train)
+        trained_on = {"source": train.source, **train.facts()}
+        about = {"recipe": asdict(run.recipe), "seed": run.seed, "trained_on": trained_on}
         results.save(f"{name}.ckpt", partial(save_checkpoint, net=run.net, about=about))
 
 
@@ -450,16 +445,18 @@ def load_or_train(
     """Return the net that `--checkpoint` names; without it `final`, trained if it has to be."""
     if arguments.checkpoint:
         return load_checkpoint(arguments.checkpoint, arguments.pixel_range)[0]
+    if arguments.pixel_range:
+        raise UserError("--pixel-range speaks of a checkpoint; name one by --checkpoint")
     if train is None:
         raise UserError("there is no training set to train a net on; name one by --checkpoint")
-    recipe = adjusted(FINAL, arguments)
-    path = results.folder / f"{recipe.name}.ckpt"
+    path = results.folder / f"{FINAL.name}.ckpt"
     if path.exists():
         net, about = load_checkpoint(path)
-        if about == _about(recipe, seed, train):
+        if about.get("trained_on", {}).get("fingerprint") == train.fingerprint:
             return net
-    print(f"{path}: not there, or trained otherwise; training recipe {recipe.name}")
-    runs = train_all([recipe], [seed], train, dev, machine.choose_device(arguments.device))
+    print(f"{path}: no net of this data yet; training recipe {FINAL.name}")
+    recipe, device = adjusted(FINAL, arguments), machine.choose_device(arguments.device)
+    runs = train_all([recipe], [seed], train, dev, device)
     save_runs(results, runs, train)
     return runs[0].net
 
@@ -502,13 +499,13 @@ def main() -> None:
     )
     add_checkpoint_options(parser, "the net of final (for --show-mismatch only)")
     arguments = parser.parse_args()
+    if arguments.checkpoint and not arguments.show_mismatch:
+        parser.error("--checkpoint goes with --show-mismatch; training starts from nothing")
     device = machine.choose_device(arguments.device)
     source = open_source(arguments.data, arguments.data_seed)
     dev = source.load("dev", arguments.quick)
-    train = None
-    if not arguments.checkpoint:
-        train = source.load("train", arguments.quick)
-    results = Results(arguments, describe(*filter(None, (train, dev))))
+    train = None if arguments.checkpoint else source.load("train", arguments.quick)
+    results = Results(arguments, describe(train, dev))
     if arguments.show_mismatch:
         net = load_or_train(arguments, results, train, dev, arguments.seed[0])
         results.save_json("mismatch", show_mismatch(net, dev, arguments.seed[0]))

@@ -111,9 +111,10 @@ class Source:
         return dataset.first(60) if quick else dataset
 
 
-def describe(*parts: Dataset) -> dict[str, Any]:
-    """Return what every result file says about its data."""
-    return {"source": parts[0].source, "parts": {each.part: each.facts() for each in parts}}
+def describe(*parts: Dataset | None) -> dict[str, Any]:
+    """Return what every result file says about its data: of the parts that were loaded."""
+    loaded = [part for part in parts if part is not None]
+    return {"source": loaded[0].source, "parts": {each.part: each.facts() for each in loaded}}
 
 
 def _check(dataset: Dataset) -> None:

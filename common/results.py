@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -51,7 +52,7 @@ class Results:
     def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
         quick = "-quick" if arguments.quick else ""  # a dry run must not overwrite real results
         self.folder = arguments.out or Path("results") / (data["source"] + quick)
-        self.settings = {name: _plain(value) for name, value in vars(arguments).items()}
+        self.settings = vars(arguments)
         self.data = data
         self.written: list[Path] = []
         try:
@@ -75,7 +76,7 @@ class Results:
         packages = ("torch", "torchvision", "numpy", "scikit-learn", "matplotlib")
         versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
         facts = {"step": step, "data": self.data, "settings": self.settings, "versions": versions}
-        text = json.dumps(facts | numbers, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(_plain(facts | numbers), indent=2, allow_nan=False) + "\n"
         self.save(f"{step}.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_figure(self, name: str, figure: Figure) -> None:
@@ -90,12 +91,18 @@ class Results:
 
     def print_written(self) -> None:
         """Say where everything is."""
-        names = textwrap.fill(", ".join(path.name for path in self.written), 98)
+        names = textwrap.fill(
+            ", ".join(path.name for path in self.written), 98, break_on_hyphens=False
+        )
         print(f"\nwritten to {self.folder}:\n{textwrap.indent(names, '  ')}")
 
 
 def _plain(value: Any) -> Any:
-    """Return an option's value in a form that JSON holds."""
+    """Return a value in a form that JSON holds: a path as text, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)

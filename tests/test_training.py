@@ -2,6 +2,7 @@ import json
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,6 +221,23 @@ def test_mismatch_shows_two_ranges_of_one_net(run_script, course_folder, tmp_pat
     numbers = json.loads((tmp_path / "out/mismatch.json").read_text())
     assert {"right_range", "wrong_range"} <= set(numbers)
     assert "training recipe final" not in run_script(training, *options, "--show-mismatch")[1]
+
+
+def test_options_that_do_not_go_together_end_with_one_line(run_script, course_folder):
+    options = ("--data", course_folder, "--quick", "--out", "out")
+    status, _, error = run_script(training, *options, "--checkpoint", "some.ckpt")
+    assert status == 2
+    assert "--checkpoint goes with --show-mismatch" in error
+    status, _, error = run_script(training, *options, "--show-mismatch", "--pixel-range", "0,1")
+    assert status == 2
+    assert "name one by --checkpoint" in error
+
+
+def test_a_net_that_a_user_trained_is_used_and_not_overwritten(run_script, course_folder):
+    options = ("--data", course_folder, "--out", "out")
+    assert run_script(training, *options, "--epochs", 1)[0] == 0
+    assert "training recipe" not in run_script(training, *options, "--show-mismatch")[1]
+    assert load_checkpoint(Path("out/final.ckpt"))[1]["recipe"]["epochs"] == 1
 
 
 def test_comparison_figure_shows_ours_and_the_reports(train, dev):
