@@ -175,6 +175,8 @@ def draw_attacks(title: str, dataset: Dataset, before: Tensor, attacks: list[Att
         ax.axis("off")
     for number, attacked in enumerate(attacks):
         examples = choose_examples(dataset.labels, before, attacked.predicted)
+        if not examples:
+            axes[number * 3 * SHOWN].set_title(f"none fooled at {attacked.epsilon:g}", fontsize=8)
         for column, index in enumerate(examples):
             first = number * 3 * SHOWN + column
             _draw_example(axes[first::SHOWN][:3], dataset, attacked, index)
@@ -240,7 +242,10 @@ def print_rates(clean: dict[str, Any], rates: dict[str, dict[str, dict[str, Any]
         numbers = [f"{scores[score]:.3f}" if score in scores else "-" for score in SCORE_TITLES]
         rows.append([f"report: {attack}", scores["epsilon"], *numbers, "-"])
     console.print_table(["attack", "epsilon", *SCORE_TITLES.values(), "fooled"], rows)
-    print("fooled: of the pictures that the net had right; the other columns are over all pictures")
+    print(
+        "fooled: of the pictures that the net had right. The other columns are over all pictures;"
+    )
+    print("the report's FGSM numbers leave out those that its net had wrong already.")
 
 
 def main() -> None:
@@ -255,16 +260,15 @@ def main() -> None:
         help="largest change of a pixel, as a share of full brightness",
     )
     arguments = parser.parse_args()
-    device = machine.choose_device(arguments.device)
     source = open_source(arguments.data, arguments.data_seed)
     dev = source.load("dev", arguments.quick)
     train = source.load("train", arguments.quick) if source.has("train") else None
     results = Results(arguments, describe(train, dev))
-    net = load_or_train(arguments, results, train, dev, arguments.seed).to(device)
+    net, about = load_or_train(arguments, results, train, dev, arguments.seed)
     if train is None:
         print("no training set here to fit the one noise for all on: that attack is left out")
 
-    machine.prepare_torch(torch.get_num_threads())
+    machine.keep_freed_memory()
     before = predict_logits(net, dev.pictures).argmax(dim=1)
     attacks = run_attacks(net, train, dev, sorted(set(arguments.epsilons)), arguments.seed)
     clean = evaluate_predictions(dev.labels, before, arguments.seed)
@@ -283,7 +287,7 @@ def main() -> None:
     for name, (file, title) in titles.items():
         if name in attacks:
             results.save_figure(file, draw_attacks(title, dev, before, attacks[name]))
-    results.save_json("adversarial", {"clean": clean, "attacks": rates})
+    results.save_json("adversarial", {"checkpoint": about, "clean": clean, "attacks": rates})
     results.print_written()
 
 

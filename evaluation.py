@@ -54,7 +54,7 @@ def scores_of(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def bootstrap_intervals(confusion: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Return a 95% interval of each score: how far another dev set of this size may be off.
+    """Return a 95% interval of each score: how far another set with as many of each class is off.
 
     Percentile bootstrap (Efron, 1979): draw as many pictures of each class again, with
     replacement. As scores depend on the confusion matrix alone, each of its rows is drawn from
@@ -134,6 +134,11 @@ def print_scores(scores: dict[str, Any], report: dict[str, float] | None = None)
         theirs = f"{report[name]:.3f}" if report and name else ""
         rows.append([title, theirs, f"{value:.3f}", f"{low:.3f} to {high:.3f}"])
     console.print_table(["", "report" if report else "", "ours", "95% interval"], rows)
+    if any(low == high for *_, (low, high) in lines):
+        print("An interval without width does not mean certainty: a recall of 0 or 1 leaves the")
+        print(
+            "bootstrap nothing else to draw. Of n pictures, 0 right may still be a recall of 3/n."
+        )
 
 
 def _print_small_classes(dataset: Dataset) -> None:
@@ -182,7 +187,8 @@ def main() -> None:
     logits = predict_logits(net.to(device), dataset.pictures)
     scores = evaluate_predictions(dataset.labels, logits.argmax(dim=1), arguments.seed)
     print(f"{path.name} on {source.name}, {arguments.part}: {len(dataset)} pictures\n")
-    print_scores(scores, REPORT_PRE_TRAINED if path == PRE_TRAINED else None)
+    as_in_the_report = path.resolve() == PRE_TRAINED and arguments.part == "dev"
+    print_scores(scores, REPORT_PRE_TRAINED if as_in_the_report else None)
     _print_small_classes(dataset)
 
     figure, (ax,) = figures.new_figure(width=5, height=4.6)

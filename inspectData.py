@@ -50,7 +50,7 @@ def find_outliers(dataset: Dataset) -> Tensor:
 
 
 def spread_p_value(labels: np.ndarray) -> float | None:
-    """Return the p-value of "the classes are spread evenly along the file".
+    """Return the p-value of "no sign that classes stand in blocks or drift".
 
     Chi-squared test of independence between class and block of the file. As many blocks as
     leave SMALLEST_EXPECTED pictures of the rarest class in each, MOST_BLOCKS at most. Small
@@ -73,7 +73,7 @@ def shares_p_value(train: Dataset, dev: Dataset) -> float:
 def standardise(pictures: Tensor) -> Tensor:
     """Return pictures as vectors of mean 0 and length 1, [N, 3072]: light and contrast are gone.
 
-    Their scalar products are correlations.
+    Their scalar products are correlations. A picture of one colour has none, and gives zeros.
     """
     vectors = as_input(pictures).flatten(start_dim=1)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
@@ -145,7 +145,7 @@ def draw_statistics(ax: Axes, dataset: Dataset) -> Axes:
 
 
 def draw_outliers(dataset: Dataset, outliers: Tensor) -> Figure:
-    """Return a sheet of outliers, those furthest from the usual mean first."""
+    """Return a sheet of outliers, the darkest and the brightest first."""
     mean, std = pixel_statistics(dataset)
     order = (mean[outliers] - 0.5).abs().argsort(descending=True)
     shown = outliers[order][:SHOWN]
@@ -174,14 +174,20 @@ def draw_copies(dev: Dataset, train: Dataset, copies: list[tuple[int, int, float
     )
 
 
+def check_export(folder: Path, quick: bool) -> None:
+    """Refuse, before any work is done, an export that can't be made or would be a part only."""
+    if folder.exists():
+        raise UserError(f"--export {folder}: exists already; name a new folder")
+    if quick:
+        raise UserError("--export writes the whole set; leave --quick out")
+
+
 def export(folder: Path, datasets: list[Dataset]) -> None:
     """Write data sets as folders of pictures, whole or not at all.
 
     Raises:
-        UserError: the folder exists already, or can't be written.
+        UserError: the folder can't be written.
     """
-    if folder.exists():
-        raise UserError(f"--export {folder}: exists already; name a new folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
@@ -264,6 +270,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     device = machine.choose_device(arguments.device)
+    if arguments.export:
+        check_export(arguments.export, arguments.quick)
     source = open_source(arguments.data, arguments.data_seed)
     datasets = [source.load(part, arguments.quick) for part in PARTS if source.has(part)]
     results = Results(arguments, describe(*datasets))
@@ -272,9 +280,9 @@ def main() -> None:
     print_facts(facts)
     for dataset in datasets:
         p_value = facts[dataset.part]["even_spread_p_value"]
-        even = f"\n{dataset.part}: the classes are spread evenly along the file"
+        even = f"\n{dataset.part}: no sign that classes stand in blocks or drift"
         print(verdict(p_value, even, f"\n{dataset.part}: the classes stand in blocks or drift"))
-        outliers = find_outliers(dataset)
+        outliers = torch.tensor(facts[dataset.part]["outliers"], dtype=torch.int64)
         results.save_figure(f"outliers-{dataset.part}", draw_outliers(dataset, outliers))
     for name, draw in (
         ("1-label-counts", draw_shares),

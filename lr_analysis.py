@@ -23,7 +23,7 @@ from common import console, figures, machine
 from common.dataset import CLASS_NAMES, Dataset, describe, open_source
 from common.network import build_network
 from common.results import Results
-from training import NAIVE, Recipe, fit, make_optimizer, make_sampler, train_step
+from training import NAIVE, Recipe, fit, make_optimizer, make_sampler, train_step, with_epochs
 
 REPORT_RATES = (0.5, 0.05, 0.005, 0.0005, 0.00005)
 # Classes in equal parts, as in the report's later steps, and nothing else that would blur what
@@ -31,6 +31,8 @@ REPORT_RATES = (0.5, 0.05, 0.005, 0.0005, 0.00005)
 RECIPE = replace(NAIVE, name="learning-rates", sampler="weighted", epochs=8)
 GUESS_LOSS = math.log(len(CLASS_NAMES))  # of a net that gives each class the same chance
 SMOOTHING = 0.9  # weight of the past: a curve is a mean over about 10 steps
+LEARNS_NOTHING = 0.95  # times a guess's loss: an end above that is no progress
+WORKS = 0.8  # of the best rate's way: what comes so far is as good a choice
 DIVERGED = 5  # times the reference loss: beyond that a run is given up for lost
 
 RANGE_TEST_RATES = (1e-6, 1.0)
@@ -74,26 +76,29 @@ def first_diverged(losses: Sequence[float]) -> int | None:
 def judge(curves: dict[float, Sequence[float]]) -> dict[float, str]:
     """Return a verdict in words for each rate, given each rate's losses.
 
-    The yardstick is the rate that ends lowest. Of the way from a guess to its loss, others
-    have come some part; with too little of it, a rate is too high or too low by its side.
+    The yardstick is the rate that ends lowest, of those that did not diverge. Of the way from a
+    guess to its loss, others have come some part; with too little of it, a rate is too high or
+    too low.
     """
-    ends = {rate: smooth(losses)[-1] for rate, losses in curves.items()}
-    best = min(ends, key=lambda rate: ends[rate] if math.isfinite(ends[rate]) else math.inf)
-    return {rate: _verdict(rate, best, ends, first_diverged(curves[rate])) for rate in curves}
+    diverged = {rate: first_diverged(losses) for rate, losses in curves.items()}
+    ends = {rate: smooth(losses)[-1] for rate, losses in curves.items() if diverged[rate] is None}
+    verdicts = {rate: f"too high: leaps off at step {(diverged[rate] or 0) + 1}" for rate in curves}
+    if ends:
+        best = min(ends, key=ends.__getitem__)
+        verdicts |= {rate: _compare_with_best(rate, best, ends) for rate in ends}
+    return verdicts
 
 
-def _verdict(rate: float, best: float, ends: dict[float, float], diverged: int | None) -> str:
-    if diverged is not None:
-        return f"too high: leaps off at step {diverged + 1}"
-    if not ends[best] < 0.95 * GUESS_LOSS:
-        return "no better than a guess, like all others here"
+def _compare_with_best(rate: float, best: float, ends: dict[float, float]) -> str:
+    if ends[best] > LEARNS_NOTHING * GUESS_LOSS:
+        return "no better than a guess, and none here is"
     if rate == best:
         return "the best of these"
-    way = (GUESS_LOSS - ends[rate]) / (GUESS_LOSS - ends[best])
-    if way > 0.8:
+    way = max(0.0, (GUESS_LOSS - ends[rate]) / (GUESS_LOSS - ends[best]))
+    if way > WORKS:
         return f"works: {way:.0%} of the best one's way"
-    side = "high: it jumps about" if rate > best else "low: it crawls"
-    return f"too {side}, {max(0.0, way):.0%} of the best one's way"
+    side = "high" if rate > best else "low: it crawls"
+    return f"too {side}, {way:.0%} of the best one's way"
 
 
 def range_test(
@@ -210,13 +215,13 @@ def main() -> None:
         help="the learning rates to compare",
     )
     parser.add_argument(
-        "--epochs", type=console.positive_whole_number, default=RECIPE.epochs, help="for each rate"
+        "--epochs", type=console.positive_whole_number, help=f"a rate; without it, {RECIPE.epochs}"
     )
     arguments = parser.parse_args()
     device = machine.choose_device(arguments.device)
     train = open_source(arguments.data, arguments.data_seed).load("train", arguments.quick)
     results = Results(arguments, describe(train))
-    recipe = replace(RECIPE, epochs=2 if arguments.quick else arguments.epochs)
+    recipe = with_epochs(RECIPE, arguments.epochs, arguments.quick)
 
     curves = analyse_rates(
         list(dict.fromkeys(arguments.rates)), recipe, train, arguments.seed, device

@@ -33,7 +33,10 @@ EPOCHS = 6  # of ours a turn, so that its turns last about as long as the plain 
 
 
 class ReluThenPoolNet(CourseNet):
-    """The course's net as the course writes it: ReLU on all values, then pooling."""
+    """The course's net as the course writes it: ReLU on all values, then pooling.
+
+    It stands here in full so that the order that makes ours faster does not help its peer.
+    """
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Return logits, as CourseNet does."""
@@ -49,10 +52,10 @@ class ReluThenPoolNet(CourseNet):
 def plain_epoch(train: Dataset) -> float:
     """Return the seconds of an epoch of the plain loop, batch size 4."""
     items = list(zip(as_input(train.pictures), train.labels.tolist(), strict=True))
+    start = time.perf_counter()
     net = ReluThenPoolNet().train()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     running_loss = 0.0
-    start = time.perf_counter()
     for pictures, labels in DataLoader(items, batch_size=4, shuffle=True):
         optimizer.zero_grad()
         loss = F.cross_entropy(net(pictures), labels)

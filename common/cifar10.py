@@ -3,6 +3,7 @@
 import socket
 import threading
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ CONNECT_SECONDS = 4  # how long to wait for an answer before the net counts as o
 
 def is_here(folder: Path) -> bool:
     """Tell whether an earlier download stands in `folder`."""
-    return (folder / "cifar-10-batches-py" / "batches.meta").exists()
+    names = ["batches.meta", "test_batch", *(f"data_batch_{number}" for number in range(1, 6))]
+    return all((folder / "cifar-10-batches-py" / name).exists() for name in names)
 
 
 def answers() -> bool:
@@ -33,8 +35,8 @@ def answers() -> bool:
         try:
             with urllib.request.urlopen(request, timeout=CONNECT_SECONDS):
                 answered.set()
-        except OSError:
-            pass
+        except (OSError, HTTPException):
+            pass  # no net, no name, or something in between that is not the server
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -58,6 +60,8 @@ def read(folder: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
     socket.setdefaulttimeout(60)  # a download that stalls ends, instead of hanging for ever
     try:
         cifar10 = CIFAR10(str(folder), train=train, download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         raise UserError(f"--data cifar10: the download failed ({error}); run it again") from error
+    finally:
+        socket.setdefaulttimeout(None)
     return cifar10.data, np.array(cifar10.targets)

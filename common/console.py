@@ -109,6 +109,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main(); end with one line and a status where a traceback would not help."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

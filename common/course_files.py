@@ -17,10 +17,12 @@ from torch import Tensor
 
 from common.console import UserError
 
+LABELS = (0, 1, 2)
+
 
 def _load_storage(content: bytes) -> Any:
     """Stand in for torch.storage._load_from_bytes, which would load any pickle within."""
-    return torch.load(io.BytesIO(content), weights_only=True)
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 
 ALLOWED_NAMES = {
@@ -76,5 +78,5 @@ def _check_items(path: Path, items: Any) -> None:
         if picture.shape != (3, 32, 32):
             shape = list(picture.shape)
             raise UserError(f"{path}: picture {index} has shape {shape}, it must be [3, 32, 32]")
-        if not isinstance(label, int) or isinstance(label, bool):
-            raise UserError(f"{path}: label {index} is {label!r}, it must be a whole number")
+        if not isinstance(label, int) or label not in LABELS:
+            raise UserError(f"{path}: label {index} is {label!r}; labels are 0 car, 1 truck, 2 cat")

@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-
-from common.dataset import CLASS_NAMES
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey by their lightness.
 CLASS_COLOURS = ("#0072B2", "#E69F00", "#009E73")
@@ -46,8 +43,3 @@ def contact_sheet(
     for ax, picture, caption in zip(axes, pictures, captions, strict=False):
         show_picture(ax, picture, caption).axis("on")
     return figure
-
-
-def by_class(values: Tensor | Sequence[float]) -> dict[str, float]:
-    """Return one number a class under the classes' names, as result files have it."""
-    return dict(zip(CLASS_NAMES, torch.as_tensor(values).tolist(), strict=True))

@@ -25,11 +25,11 @@ def choose_device(name: str) -> torch.device:
 
 def prepare_torch(threads: int) -> None:
     """Set up this process for fast training on so many threads."""
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.set_num_threads(threads)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Ask the C library (glibc) to keep freed memory for reuse instead of giving it back.
 
     A training step frees and asks again for the same few megabytes. Without this, each step

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import io
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -124,7 +126,9 @@ def save_checkpoint(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
     weights = {name: weight.detach().cpu() for name, weight in net.state_dict().items()}
     pixel_range = (net.pixel_range.low, net.pixel_range.high)
     kind = {"network": type(net).__name__, "pixel_range": pixel_range}
-    torch.save({"model_state_dict": weights} | kind | {"about": about}, path)
+    content = io.BytesIO()  # first to memory: a full disk is then an OSError like any other
+    torch.save({"model_state_dict": weights} | kind | {"about": about}, content)
+    path.write_bytes(content.getvalue())
 
 
 def load_checkpoint(
@@ -146,7 +150,7 @@ def load_checkpoint(
     if "pixel_range" in content and pixel_range is not None:
         own = "{:g},{:g}".format(*content["pixel_range"])
         raise UserError(f"{path}: carries its own pixel range, {own}; leave --pixel-range out")
-    name = content.get("network", "CourseNet")
+    name = str(content.get("network", "CourseNet"))
     if name not in NETWORKS:
         raise UserError(f"{path}: net of an unknown kind, {name}; known are {', '.join(NETWORKS)}")
     net = build_network(name, content.get("pixel_range", pixel_range or COURSE_RANGE))
@@ -167,7 +171,16 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
         raise UserError(f"{path}: holds no 'model_state_dict', which checkpoints here do")
+    low_high = content.get("pixel_range", COURSE_RANGE)
+    if not (isinstance(low_high, tuple) and len(low_high) == 2 and _are_finite(low_high)):
+        raise UserError(f"{path}: pixel_range is {low_high!r}, it must be two numbers (low, high)")
+    if not isinstance(content.get("about", {}), dict):
+        raise UserError(f"{path}: 'about' is no dict of facts about the training")
     return content
+
+
+def _are_finite(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(value, float) and math.isfinite(value) for value in values)
 
 
 def _check_weights(path: Path, net: nn.Module, weights: dict[str, Any]) -> None:
@@ -185,4 +198,6 @@ def _check_weights(path: Path, net: nn.Module, weights: dict[str, Any]) -> None:
 def _shape_of(name: str, weights: dict[str, Any]) -> str:
     if name not in weights:
         return "no such weight"
-    return str(list(weights[name].shape)) if isinstance(weights[name], Tensor) else "no tensor"
+    weight = weights[name]
+    is_plain = isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_meta
+    return str(list(weight.shape)) if is_plain else "no plain tensor"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from common.console import UserError
@@ -38,13 +38,12 @@ def _folders(class_names: tuple[str, ...]) -> str:
 def _read_picture(file: Path) -> Tensor:
     try:
         with Image.open(file) as image:
-            picture = np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            if image.size != (32, 32):
+                width, height = image.size
+                raise UserError(f"{file}: is {width}x{height} pixels, it must be 32x32")
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: not a readable picture") from error
-    if picture.shape != (32, 32, 3):
-        height, width, _ = picture.shape
-        raise UserError(f"{file}: is {width}x{height} pixels, it must be 32x32")
-    return torch.from_numpy(picture).permute(2, 0, 1)
 
 
 def write_folder(

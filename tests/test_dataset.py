@@ -99,10 +99,20 @@ BAD_PICKLES = {
         "picture 0 is not a float32 tensor",
     ),
     "text label": (lambda: pickle.dumps([(torch.zeros(3, 32, 32), "cat")]), "label 0 is 'cat'"),
-    "label 3": (lambda: broken(lambda items: [*items, (items[0][0], 3)]), "label 3; labels are 0"),
-    "label -1": (lambda: broken(lambda items: [*items, (items[0][0], -1)]), "label -1; labels are"),
+    "label 3": (
+        lambda: broken(lambda items: [*items, (items[0][0], 3)]),
+        "label 60 is 3; labels are 0 car",
+    ),
+    "label -1": (
+        lambda: broken(lambda items: [*items, (items[0][0], -1)]),
+        "label 60 is -1; labels are",
+    ),
     "NaN": (lambda: broken(lambda items: set_pixel(items, float("nan"))), "picture 3 .* NaN"),
     "0 to 255": (lambda: broken(lambda items: set_pixel(items, 255.0)), r"must lie in \[-1, 1\]"),
+    "huge label": (
+        lambda: broken(lambda items: [*items, (items[0][0], 2**70)]),
+        "label 60 is 1180591620717411303424; labels are",
+    ),
     "no cats": (
         lambda: broken(lambda items: [item for item in items if item[1] != 2]),
         "class cat has no pictures",
@@ -215,15 +225,15 @@ def test_sketches_are_cached_with_their_true_labels(tmp_path, monkeypatch):
 
 
 class FakeCifar10:
-    """Stands in for torchvision's CIFAR10: 10 classes, the class is written into each pixel."""
+    """Stands in for torchvision's CIFAR10: a picture's first pixels are its class and its index."""
 
     url = "https://example.invalid/cifar-10-python.tar.gz"
 
     def __init__(self, root, train, download):
         labels = np.arange(60000) % 10
-        self.data = np.broadcast_to(labels[:, None, None, None], (60000, 32, 32, 3)).astype(
-            np.uint8
-        )
+        self.data = np.zeros((60000, 32, 32, 3), dtype=np.uint8)
+        self.data[:, 0, 0, 0] = labels
+        self.data[:, 0, 1:4, 0] = np.arange(60000)[:, None] // (1, 256, 65536) % 256
         self.targets = labels.tolist()
 
 
@@ -235,6 +245,7 @@ def test_cifar10_is_cut_to_the_reports_counts(monkeypatch, tmp_path):
     assert tuple(loaded.class_counts) == CLASS_COUNTS["train"]
     cifar10_labels = torch.tensor(dataset.CIFAR10_LABELS)
     assert torch.equal(loaded.pictures[:, 0, 0, 0].long(), cifar10_labels[loaded.true_labels])
+    assert len(loaded.pictures[:, 0].flatten(1).unique(dim=0)) == len(loaded)  # none comes twice
     assert source.load("train").fingerprint == loaded.fingerprint
 
 
@@ -253,7 +264,7 @@ def test_auto_prefers_pickles_then_cifar10_then_sketches(monkeypatch, tmp_path, 
     monkeypatch.setattr(cifar10, "answers", lambda: True)
     assert open_source("auto").name == "cifar10"
     write_course_pickle(tmp_path / "train.pickle", train)
-    assert open_source("auto").name == "course"
+    assert open_source("auto").load("train").fingerprint == train.fingerprint
 
 
 @needs_course_data

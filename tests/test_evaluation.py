@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,10 +139,22 @@ def test_the_shipped_pre_trained_net_says_car_to_everything(dev):
     assert about["trained_on"]["source"] == "sketches"
 
 
+def test_their_numbers_stand_beside_the_pre_trained_net_on_dev_only(
+    run_script, course_folder, monkeypatch
+):
+    options = ("--data", course_folder, "--out", course_folder.parent / "out")
+    monkeypatch.setattr(evaluation, "MISTAKES_SHOWN", 1)
+    assert "report" in run_script(evaluation, *options)[1]
+    named = run_script(evaluation, *options, "--checkpoint", evaluation.PRE_TRAINED)[1]
+    assert "report" in named
+    assert "without width" in named
+    assert "report" not in run_script(evaluation, *options, "--part", "train")[1]
+
+
 @pytest.mark.parametrize("shape", [(8, 3, 5, 5), (16, 1, 5, 5)])
 def test_checkpoint_of_another_net_ends_with_one_line(run_script, course_folder, shape):
     net = build_network()
-    save_checkpoint("other.ckpt", net, {})
+    save_checkpoint(Path("other.ckpt"), net, {})
     content = torch.load("other.ckpt", weights_only=True)
     content["model_state_dict"]["conv1.weight"] = torch.zeros(shape)
     torch.save(content, "other.ckpt")

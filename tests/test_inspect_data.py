@@ -97,6 +97,9 @@ def test_script_writes_all_and_exports(run_script, course_folder, tmp_path, trai
     status, _, error = run_script(inspectData, *options)
     assert status == 2
     assert "exists already" in error
+    status, _, error = run_script(inspectData, *options[:4], "--export", "other", "--quick")
+    assert status == 2
+    assert "leave --quick out" in error
 
 
 def test_script_inspects_the_part_there_is(run_script, course_folder, tmp_path):

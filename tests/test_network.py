@@ -98,13 +98,33 @@ def infinite(weights):
         (missing, "fc3.bias is no such weight"),
         (lambda weights: weights.update(extra=torch.zeros(1)), "extra is"),
         (infinite, "NaN or infinite"),
-        (lambda weights: weights.update({"fc3.bias": "text"}), "fc3.bias is no tensor"),
+        (lambda weights: weights.update({"fc3.bias": torch.eye(3).to_sparse()}), "no plain"),
+        (lambda weights: weights.update({"fc3.bias": "text"}), "fc3.bias is no plain tensor"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 def test_weights_of_another_net_are_named(tmp_path, change, message):
     weights = build_network().state_dict()
     change(weights)
     torch.save({"model_state_dict": weights}, tmp_path / "net.ckpt")
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(tmp_path / "net.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("pixel_range", "0,1", "it must be two numbers"),
+        ("pixel_range", (0.0, 0.5, 1.0), "it must be two numbers"),
+        ("pixel_range", (0.0, float("nan")), "it must be two numbers"),
+        ("pixel_range", None, "it must be two numbers"),
+        ("network", ["CourseNet"], "unknown kind"),
+        ("about", 3, "no dict of facts"),
+    ],
+)
+def test_spoilt_fields_of_a_checkpoint_are_named(tmp_path, field, value, message):
+    content = {"model_state_dict": build_network().state_dict(), field: value}
+    torch.save(content, tmp_path / "net.ckpt")
     with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path / "net.ckpt")
 

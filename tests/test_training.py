@@ -1,6 +1,6 @@
 import json
 from collections import Counter
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from torch import nn
 import training
 from common import machine
 from common.dataset import as_input
-from common.network import load_checkpoint, predict_logits
-from training import NAIVE, RECIPES, Recipe, fit, flip_and_shift, least_sampled, shuffled, weighted
+from common.network import load_checkpoint, predict_logits, with_pixel_range
+from training import NAIVE, RECIPES, fit, flip_and_shift, least_sampled, shuffled, weighted
 
 CPU = torch.device("cpu")
 
@@ -155,9 +155,13 @@ def test_recipes_are_frozen_and_each_is_an_earlier_one_with_little_changed():
     with pytest.raises(FrozenInstanceError):
         NAIVE.epochs = 1
     assert {recipe.name for recipe in RECIPES.values()} == set(RECIPES)
-    assert RECIPES["weight-decay"] == replace(NAIVE, name="weight-decay", weight_decay=1e-4)
-    assert RECIPES["final"].sampler == "weighted"
-    assert isinstance(RECIPES["final"], Recipe)
+    recipes = [asdict(recipe) for recipe in RECIPES.values()]
+    for number, recipe in enumerate(recipes[1:], start=1):
+        changes = [
+            {key for key in recipe if recipe[key] != earlier[key]} for earlier in recipes[:number]
+        ]
+        assert min(len(change - {"name"}) for change in changes) <= 3
+        assert all(change for change in changes)
 
 
 def test_runs_side_by_side_equal_runs_alone(train, dev):
@@ -213,13 +217,22 @@ def test_script_trains_all_recipes_with_several_seeds(run_script, course_folder,
     assert (tmp_path / "out/final-seed1.ckpt").exists()
 
 
-def test_mismatch_shows_two_ranges_of_one_net(run_script, course_folder, tmp_path):
+def test_mismatch_shows_two_ranges_of_one_net(run_script, course_folder, tmp_path, dev):
     options = ("--data", course_folder, "--out", "out", "--quick")
     status, printed, _ = run_script(training, *options, "--show-mismatch")
     assert status == 0
     assert "training recipe final" in printed
     numbers = json.loads((tmp_path / "out/mismatch.json").read_text())
-    assert {"right_range", "wrong_range"} <= set(numbers)
+    net, about = load_checkpoint(tmp_path / "out/final.ckpt")
+    other = with_pixel_range(net, (0.0, 1.0))
+    for which, fed in (("right_range", net), ("wrong_range", other)):
+        logits = predict_logits(fed, dev.pictures)
+        scores = training.evaluate(fed, dev)
+        assert numbers[which]["confusion"] == scores["confusion"], logits
+    assert not torch.equal(predict_logits(net, dev.pictures), predict_logits(other, dev.pictures))
+    assert numbers["checkpoint"] == {"file": "final.ckpt", **about} | {
+        "recipe": {**about["recipe"], "class_weights": [1.0, 1.0, 1.0]}
+    }
     assert "training recipe final" not in run_script(training, *options, "--show-mismatch")[1]
 
 
@@ -227,7 +240,10 @@ def test_options_that_do_not_go_together_end_with_one_line(run_script, course_fo
     options = ("--data", course_folder, "--quick", "--out", "out")
     status, _, error = run_script(training, *options, "--checkpoint", "some.ckpt")
     assert status == 2
-    assert "--checkpoint goes with --show-mismatch" in error
+    assert "--checkpoint and --pixel-range go with --show-mismatch" in error
+    status, _, error = run_script(training, *options, "--show-mismatch", "--recipe", "naive")
+    assert status == 2
+    assert "--show-mismatch trains nothing" in error
     status, _, error = run_script(training, *options, "--show-mismatch", "--pixel-range", "0,1")
     assert status == 2
     assert "name one by --checkpoint" in error
