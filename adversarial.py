@@ -88,7 +88,12 @@ def random_noise(epsilon: float) -> Tensor:
 
 
 def fit_one_noise(
-    net: nn.Module, train: Dataset, epsilon: float, seed: int, to_next_label: bool = False
+    net: nn.Module,
+    train: Dataset,
+    epsilon: float,
+    seed: int,
+    to_next_label: bool = False,
+    steps: int = NOISE_STEPS,
 ) -> Tensor:
     """Fit one noise for all pictures: a universal perturbation (Moosavi-Dezfooli et al., 2017).
 
@@ -104,6 +109,7 @@ def fit_one_noise(
         seed: of the start and of the order of the pictures.
         to_next_label: go down the loss of the wrong label (label + 1) instead, as the report
             did. That asks one noise to push cars to trucks, trucks to cats and cats to cars.
+        steps: how many; their size shrinks to 0.
 
     Returns:
         noise, float32 [3, 32, 32].
@@ -114,12 +120,12 @@ def fit_one_noise(
     direction, shift = (-1, 1) if to_next_label else (1, 0)
     epochs = least_sampled(train.labels)
     batches = chain.from_iterable(epoch.split(NOISE_BATCH) for epoch in epochs)
-    steps = tqdm(range(NOISE_STEPS), desc=f"one noise, epsilon {epsilon:g}", disable=None)
-    for step, index in zip(steps, batches, strict=False):
+    bar = tqdm(range(steps), desc=f"one noise, epsilon {epsilon:g}", disable=None)
+    for step, index in zip(bar, batches, strict=False):
         pictures = as_input(train.pictures[index]).to(device)
         labels = ((train.labels[index] + shift) % len(CLASS_NAMES)).to(device)
         gradient = loss_gradient(net, add_noise(pictures, noise), labels).sum(dim=0)
-        step_size = direction * FIRST_NOISE_STEP * epsilon * (1 - step / NOISE_STEPS)
+        step_size = direction * FIRST_NOISE_STEP * epsilon * (1 - step / steps)
         noise = (noise + step_size * gradient.sign()).clamp(-epsilon, epsilon)
     return noise.cpu()
 
@@ -180,6 +186,7 @@ def draw_attacks(title: str, dataset: Dataset, before: Tensor, attacks: list[Att
         for column, index in enumerate(examples):
             first = number * 3 * SHOWN + column
             _draw_example(axes[first::SHOWN][:3], dataset, attacked, index)
+        axes[number * 3 * SHOWN + 2 * SHOWN].set_ylabel(f"epsilon {attacked.epsilon:g}")
     return figure
 
 
@@ -189,7 +196,7 @@ def _draw_example(axes: list[Axes], dataset: Dataset, attacked: Attacked, index:
     noise = (result - clean) / (2 * attacked.epsilon) + 0.5
     true, predicted = CLASS_NAMES[dataset.labels[index]], CLASS_NAMES[attacked.predicted[index]]
     figures.show_picture(axes[0], clean, true)
-    figures.show_picture(axes[1], noise.clamp(0, 1), f"noise, epsilon {attacked.epsilon:g}")
+    figures.show_picture(axes[1], noise.clamp(0, 1), "noise, magnified")
     figures.show_picture(axes[2], result, f"{true} -> {predicted}")
     for ax in axes:
         ax.axis("on")
@@ -204,7 +211,12 @@ def parse_epsilon(text: str) -> float:
 
 
 def run_attacks(
-    net: nn.Module, train: Dataset | None, dev: Dataset, epsilons: list[float], seed: int
+    net: nn.Module,
+    train: Dataset | None,
+    dev: Dataset,
+    epsilons: list[float],
+    seed: int,
+    steps: int = NOISE_STEPS,
 ) -> dict[str, list[Attacked]]:
     """Attack the dev set in all ways at all epsilons; return the results by attack."""
     attacks: dict[str, list[Attacked]] = {}
@@ -220,9 +232,9 @@ def run_attacks(
         add("fgsm", epsilon, fgsm_all(net, dev, epsilon))
         if train is None:
             continue
-        add("one_noise", epsilon, add_noise(clean, fit_one_noise(net, train, epsilon, seed)))
-        noise = fit_one_noise(net, train, epsilon, seed, to_next_label=True)
-        add("one_noise_to_next_label", epsilon, add_noise(clean, noise))
+        for name, to_next_label in (("one_noise", False), ("one_noise_to_next_label", True)):
+            noise = fit_one_noise(net, train, epsilon, seed, to_next_label, steps)
+            add(name, epsilon, add_noise(clean, noise))
     return attacks
 
 
@@ -270,7 +282,8 @@ def main() -> None:
 
     machine.keep_freed_memory()
     before = predict_logits(net, dev.pictures).argmax(dim=1)
-    attacks = run_attacks(net, train, dev, sorted(set(arguments.epsilons)), arguments.seed)
+    epsilons, steps = sorted(set(arguments.epsilons)), 20 if arguments.quick else NOISE_STEPS
+    attacks = run_attacks(net, train, dev, epsilons, arguments.seed, steps)
     clean = evaluate_predictions(dev.labels, before, arguments.seed)
     rates = {
         name: {

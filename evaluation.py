@@ -193,7 +193,7 @@ def main() -> None:
 
     figure, (ax,) = figures.new_figure(width=5, height=4.6)
     draw_confusion(ax, np.array(scores["confusion"]))
-    ax.set_title(f"G-mean {scores['g_mean']:.3f}, accuracy {scores['accuracy']:.3f}")
+    ax.set_title(f"{path.name}: G-mean {scores['g_mean']:.3f}, accuracy {scores['accuracy']:.3f}")
     results.save_figure("confusion", figure)
     results.save_figure("mistakes", draw_mistakes(dataset, logits))
     results.save_json("evaluation", {"checkpoint": {"file": path.name, **about}, **scores})

@@ -169,9 +169,7 @@ def draw_copies(dev: Dataset, train: Dataset, copies: list[tuple[int, int, float
     title = (
         f"{min(len(copies), SHOWN // 2)} of {len(copies)} pictures of dev that stand in train too"
     )
-    return figures.contact_sheet(
-        title, torch.stack(pictures) if pictures else torch.empty(0), captions
-    )
+    return figures.contact_sheet(title, torch.stack(pictures), captions)
 
 
 def check_export(folder: Path, quick: bool) -> None:
@@ -252,10 +250,11 @@ def compare(train: Dataset, dev: Dataset, results: Results, device: torch.device
     same = "Dev has the class shares of train, as far as so few pictures can tell"
     print(verdict(p_value, same, "Dev has other class shares than train"))
     copies = find_copies(dev, train, device)
-    print(
-        f"{len(copies)} pictures of dev stand in train too, exactly or nearly, and flatter a score."
-    )
-    results.save_figure("copies", draw_copies(dev, train, copies))
+    if copies:
+        print(f"{len(copies)} pictures of dev stand in train too, or nearly: they flatter a score.")
+        results.save_figure("copies", draw_copies(dev, train, copies))
+    else:
+        print("No picture of dev stands in train too.")
     return {
         "same_shares_p_value": p_value,
         "copies": [{"dev": i, "train": j, "correlation": c} for i, j, c in copies],
@@ -283,7 +282,8 @@ def main() -> None:
         even = f"\n{dataset.part}: no sign that classes stand in blocks or drift"
         print(verdict(p_value, even, f"\n{dataset.part}: the classes stand in blocks or drift"))
         outliers = torch.tensor(facts[dataset.part]["outliers"], dtype=torch.int64)
-        results.save_figure(f"outliers-{dataset.part}", draw_outliers(dataset, outliers))
+        if len(outliers):
+            results.save_figure(f"outliers-{dataset.part}", draw_outliers(dataset, outliers))
     for name, draw in (
         ("1-label-counts", draw_shares),
         ("2-label-order", draw_order),

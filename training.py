@@ -280,8 +280,8 @@ def train_and_evaluate(
 
 def train_all(
     recipes: list[Recipe], seeds: list[int], train: Dataset, dev: Dataset, device: torch.device
-) -> list[Run]:
-    """Train each recipe with each seed, side by side where cores allow."""
+) -> Iterator[Run]:
+    """Train each recipe with each seed, side by side where cores allow; yield each run."""
     jobs = [(recipe, seed, train, dev, device) for recipe in recipes for seed in seeds]
     alone = len(jobs) == 1
     return machine.side_by_side(
@@ -351,6 +351,11 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
     }
     plot_runs(loss_ax, curves["loss"], "training loss", figures.PALETTE[6], "-")
     loss_ax.set_ylabel("cross-entropy, mean of the epoch")
+    recipe = summary["recipe"]
+    if recipe["plain_share"] < 1:
+        start = recipe["plain_share"] * recipe["epochs"] + 0.5
+        loss_ax.axvline(start, color="0.5", ls=":", label="flips and shifts start")
+        loss_ax.legend()
     plot_runs(score_ax, curves["accuracy"], "accuracy", figures.PALETTE[3], "-")
     plot_runs(score_ax, curves["g_mean"], "G-mean", figures.PALETTE[4], "--")
     for label, name in enumerate(CLASS_NAMES):
@@ -427,18 +432,16 @@ def show_mismatch(net: nn.Module, dev: Dataset, seed: int) -> dict[str, Any]:
     return scores
 
 
-def save_runs(results: Results, runs: list[Run], train: Dataset) -> None:
-    """Write each run's checkpoint; the first seed's is `<recipe>.ckpt`."""
-    for number, run in enumerate(runs):
-        name = run.recipe.name if number == 0 else f"{run.recipe.name}-seed{run.seed}"
-        trained_on = {"source": train.source, **train.facts()}
-        about = {
-            "recipe": asdict(run.recipe),
-            "seed": run.seed,
-            "threads": run.threads,
-            "trained_on": trained_on,
-        }
-        results.save(f"{name}.ckpt", partial(save_checkpoint, net=run.net, about=about))
+def save_run(results: Results, run: Run, first_seed: int, train: Dataset) -> None:
+    """Write a run's checkpoint; the first seed's is `<recipe>.ckpt`."""
+    about = {
+        "recipe": asdict(run.recipe),
+        "seed": run.seed,
+        "threads": run.threads,
+        "trained_on": {"source": train.source, **train.facts()},
+    }
+    name = run.recipe.name if run.seed == first_seed else f"{run.recipe.name}-seed{run.seed}"
+    results.save(f"{name}.ckpt", partial(save_checkpoint, net=run.net, about=about))
 
 
 def with_epochs(recipe: Recipe, epochs: int | None, quick: bool) -> Recipe:
@@ -468,7 +471,8 @@ def load_or_train(
         if not _is_trained_on(path, train):
             print(f"{path}: no net of this data yet; training recipe {FINAL.name}")
             recipe = with_epochs(FINAL, None, arguments.quick)
-            save_runs(results, train_all([recipe], [seed], train, dev, device), train)
+            for run in train_all([recipe], [seed], train, dev, device):
+                save_run(results, run, seed, train)
     net, about = load_checkpoint(path, arguments.pixel_range)
     print(f"the net: {path}, {_in_words(about)}\n")
     return net.to(device), {"file": path.name, **about}
@@ -497,13 +501,14 @@ def train_recipes(
     dev: Dataset,
     device: torch.device,
 ) -> None:
-    """Train recipes and write, draw and print all that came out."""
-    runs = train_all(recipes, seeds, train, dev, device)
+    """Train recipes and write, draw and print all that came out; nets as soon as they are done."""
+    runs = []
+    for run in train_all(recipes, seeds, train, dev, device):
+        save_run(results, run, seeds[0], train)
+        runs.append(run)
     summaries = {}
     for recipe in recipes:
-        own_runs = [run for run in runs if run.recipe == recipe]
-        summaries[recipe.name] = summarise(own_runs)
-        save_runs(results, own_runs, train)
+        summaries[recipe.name] = summarise([run for run in runs if run.recipe == recipe])
         results.save_figure(f"training-{recipe.name}", draw_curves(summaries[recipe.name]))
     if len(recipes) > 1:
         results.save_figure("training-recipes", draw_comparison(summaries))

@@ -55,7 +55,7 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
     if several_seeds:
         seed_help = "seed of all that is random; several, as in 0,1,2, give several runs"
         parser.add_argument(
-            "--seed", type=_seed_list, default=[0], metavar="N[,N...]", help=seed_help
+            "--seed", type=_seed_list, default="0", metavar="N[,N...]", help=seed_help
         )
     else:
         parser.add_argument(

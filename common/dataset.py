@@ -159,6 +159,8 @@ def _first_there_is(seed: int) -> Source:
 
 
 def _open_folder(folder: Path) -> Source:
+    if folder.is_file():
+        raise UserError(f"--data {folder}: is a file; name the folder it stands in")
     if not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder, and not auto, cifar10 or sketches")
     name = folder.resolve().name

@@ -2,11 +2,12 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import joblib
 import torch
+from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 from common.console import UserError
@@ -44,25 +45,28 @@ def keep_freed_memory() -> None:
 
 def side_by_side(
     function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], device: torch.device, name: str
-) -> list[Any]:
+) -> Iterator[Any]:
     """Call `function(*job)` for each job, in parallel processes where cores allow.
 
     Each process gets its share of the cores as threads. On a GPU the jobs go one by one.
 
-    Returns:
-        the results, in the order of the jobs.
+    Yields:
+        the results, in the order of the jobs, as soon as they are there.
     """
     workers = min(len(jobs), joblib.cpu_count()) if device.type == "cpu" else 1
     threads = joblib.cpu_count() // workers
     if workers == 1:
-        calls = (_call_with_threads(threads, function, job) for job in jobs)
+        results = (_call_with_threads(threads, function, job) for job in jobs)
     else:
-        calls = joblib.Parallel(workers, return_as="generator")(
+        results = joblib.Parallel(workers, return_as="generator")(
             joblib.delayed(_call_with_threads)(threads, function, job) for job in jobs
         )
-    # One job alone shows its own progress.
-    disable = True if len(jobs) == 1 else None
-    return list(tqdm(calls, total=len(jobs), desc=name, disable=disable))
+    disable = True if len(jobs) == 1 else None  # one job alone shows its own progress
+    try:
+        yield from tqdm(results, total=len(jobs), desc=name, disable=disable)
+    except KeyboardInterrupt:
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        raise
 
 
 def _call_with_threads(threads: int, function: Callable[..., Any], job: tuple[Any, ...]) -> Any:

@@ -4,6 +4,8 @@ import copy
 import functools
 import io
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -150,6 +152,12 @@ def load_checkpoint(
     if "pixel_range" in content and pixel_range is not None:
         own = "{:g},{:g}".format(*content["pixel_range"])
         raise UserError(f"{path}: carries its own pixel range, {own}; leave --pixel-range out")
+    if "pixel_range" not in content and pixel_range is None:
+        print(
+            f"note: {path} does not say its pixel range; taken for the course's, [-1, 1]. "
+            "If it was trained on [0, 1], say --pixel-range 0,1.",
+            file=sys.stderr,
+        )
     name = str(content.get("network", "CourseNet"))
     if name not in NETWORKS:
         raise UserError(f"{path}: net of an unknown kind, {name}; known are {', '.join(NETWORKS)}")
@@ -162,9 +170,12 @@ def load_checkpoint(
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of other formats: they are refused anyway
+            content = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
     except Exception as error:  # a broken or unsafe file can fail in any way
         raise UserError(
             f"{path}: not a whole checkpoint of torch.save, or not a safe one"

@@ -60,6 +60,8 @@ class Results:
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise UserError(f"--out {self.folder}: can't be written: {error.strerror}") from error
+        if arguments.quick:
+            print("QUICK DRY RUN on a few pictures: its numbers mean nothing\n")
 
     def save(self, name: str, write: Callable[[Path], Any]) -> Path:
         """Write the file `name` whole or not at all; return its path."""

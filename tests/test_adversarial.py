@@ -13,12 +13,6 @@ from common.network import load_checkpoint, predict_logits
 from training import NAIVE, fit
 
 
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    """Fit the one noise in fewer steps: the tiny data set needs no more."""
-    monkeypatch.setattr(adversarial, "NOISE_STEPS", 40)
-
-
 @pytest.fixture(scope="module")
 def net():
     """Return a net that has most of the easy pictures right."""
@@ -54,7 +48,7 @@ def test_attacks_leave_net_and_pictures_as_they_were(net, dev, train):
     kept = pictures.clone()
     weights = {name: weight.clone() for name, weight in net.state_dict().items()}
     fgsm(net, pictures, dev.labels, 0.1)
-    fit_one_noise(net, train, 0.1, seed=0)
+    fit_one_noise(net, train, 0.1, seed=0, steps=5)
     assert torch.equal(pictures, kept)
     assert not pictures.requires_grad
     assert not net.training
@@ -82,7 +76,7 @@ def test_fgsm_does_more_than_random_noise_of_the_same_size(net, dev):
 
 @pytest.mark.parametrize("to_next_label", [False, True])
 def test_one_noise_stays_in_its_ball_and_follows_the_seed(net, train, to_next_label):
-    noises = [fit_one_noise(net, train, 0.05, seed, to_next_label) for seed in (0, 0, 1)]
+    noises = [fit_one_noise(net, train, 0.05, seed, to_next_label, 10) for seed in (0, 0, 1)]
     assert noises[0].shape == (3, 32, 32)
     assert noises[0].abs().max() <= 0.05
     assert torch.equal(noises[0], noises[1])
@@ -91,7 +85,7 @@ def test_one_noise_stays_in_its_ball_and_follows_the_seed(net, train, to_next_la
 
 def test_one_noise_works_on_pictures_it_was_not_fitted_on(net, train, dev):
     pictures, epsilon = as_input(dev.pictures), 0.2
-    fitted = add_noise(pictures, fit_one_noise(net, train, epsilon, seed=0))
+    fitted = add_noise(pictures, fit_one_noise(net, train, epsilon, seed=0, steps=40))
     torch.manual_seed(0)
     by_chance = add_noise(pictures, random_noise(epsilon))
     assert loss_on(net, fitted, dev.labels) > 2 * loss_on(net, by_chance, dev.labels)
@@ -176,8 +170,7 @@ def test_bad_epsilon_ends_with_one_line(run_script, course_folder, epsilon):
 
 @needs_course_data
 @pytest.mark.slow
-def test_attacks_break_the_reports_own_net(monkeypatch):
-    monkeypatch.undo()  # with as many steps as the script takes
+def test_attacks_break_the_reports_own_net():
     source = open_source(str(COURSE_DATA))
     train, dev = source.load("train"), source.load("dev")
     net, _ = load_checkpoint(COURSE_DATA / "seed-model.ckpt", (0.0, 1.0))

@@ -185,4 +185,5 @@ def test_table_lines_up(capsys):
 
 def test_jobs_side_by_side_keep_their_order():
     jobs = [(number,) for number in (3, 1, 2)]
-    assert machine.side_by_side(float, jobs, torch.device("cpu"), "jobs") == [3.0, 1.0, 2.0]
+    together = machine.side_by_side(float, jobs, torch.device("cpu"), "jobs")
+    assert list(together) == [3.0, 1.0, 2.0]

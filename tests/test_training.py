@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import COURSE_DATA, needs_course_data
 from scipy.stats import chisquare
 from torch import nn
 
 import training
 from common import machine
-from common.dataset import as_input
+from common.dataset import as_input, open_source
 from common.network import load_checkpoint, predict_logits, with_pixel_range
-from training import NAIVE, RECIPES, fit, flip_and_shift, least_sampled, shuffled, weighted
+from training import FINAL, NAIVE, RECIPES, fit, flip_and_shift, least_sampled, shuffled, weighted
 
 CPU = torch.device("cpu")
 
@@ -166,7 +167,7 @@ def test_recipes_are_frozen_and_each_is_an_earlier_one_with_little_changed():
 
 def test_runs_side_by_side_equal_runs_alone(train, dev):
     recipes = [QUICK, replace(QUICK, name="strict", sampler="strict")]
-    together = training.train_all(recipes, [0, 1], train, dev, CPU)
+    together = list(training.train_all(recipes, [0, 1], train, dev, CPU))
     for run in together:
         alone = training.train_and_evaluate(run.recipe, run.seed, train, dev, CPU, False)
         assert alone.scores == run.scores
@@ -270,3 +271,26 @@ def test_kept_memory_changes_no_result(train):
     before = predict_logits(fit(QUICK, train, 0, CPU), train.pictures)
     machine.prepare_torch(threads=1)
     assert torch.equal(before, predict_logits(fit(QUICK, train, 0, CPU), train.pictures))
+
+
+@pytest.mark.slow
+def test_the_reports_lesson_shows_on_sketches():
+    train, dev = (open_source("sketches").load(part) for part in ("train", "dev"))
+    naive, final = (run.scores for run in training.train_all([NAIVE, FINAL], [0], train, dev, CPU))
+    assert naive["accuracy"] > 0.9
+    assert min(naive["recall"], key=naive["recall"].get) == "cat"
+    assert naive["g_mean"] < naive["accuracy"] - 0.1
+    assert naive["g_mean"] + 0.1 < final["g_mean"] < 0.99
+
+
+@needs_course_data
+@pytest.mark.slow
+def test_final_recognises_all_classes_of_the_courses_pictures_and_naive_does_not():
+    train, dev = (open_source(str(COURSE_DATA)).load(part) for part in ("train", "dev"))
+    runs = list(training.train_all([NAIVE, FINAL], [0, 1, 2], train, dev, CPU))
+    g_mean = {
+        name: training.summarise(part)["g_mean"]
+        for name, part in (("naive", runs[:3]), ("final", runs[3:]))
+    }
+    assert g_mean["final"] > 0.65
+    assert g_mean["naive"] < g_mean["final"] - 0.05
