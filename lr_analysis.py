@@ -166,13 +166,13 @@ def draw_losses(ax: Axes, curves: dict[float, Sequence[float]]) -> Axes:
     )
     ax.set(
         yscale="log",
-        ylim=(0.8 * min(lowest, GUESS_LOSS), top),
         xlabel="step",
         ylabel="cross-entropy, smoothed (log axis)",
     )
     ticks = (0.1, 0.2, 0.5, 1, 2, 5)
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
+    ax.set_ylim(0.8 * min(lowest, GUESS_LOSS), top)
     ax.set_title("Loss by learning rate (cross: diverged, off the picture)")
     ax.grid(alpha=0.3)
     ax.legend(title="learning rate")
