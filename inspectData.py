@@ -50,7 +50,7 @@ def find_outliers(dataset: Dataset) -> Tensor:
 
 
 def spread_p_value(labels: np.ndarray) -> float | None:
-    """Return the p-value of "no sign that classes stand in blocks or drift".
+    """Return the p-value of "the classes are spread evenly along the file".
 
     Chi-squared test of independence between class and block of the file. As many blocks as
     leave SMALLEST_EXPECTED pictures of the rarest class in each, MOST_BLOCKS at most. Small

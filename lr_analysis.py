@@ -82,7 +82,11 @@ def judge(curves: dict[float, Sequence[float]]) -> dict[float, str]:
     """
     diverged = {rate: first_diverged(losses) for rate, losses in curves.items()}
     ends = {rate: smooth(losses)[-1] for rate, losses in curves.items() if diverged[rate] is None}
-    verdicts = {rate: f"too high: leaps off at step {(diverged[rate] or 0) + 1}" for rate in curves}
+    verdicts = {
+        rate: f"too high: leaps off at step {step + 1}"
+        for rate, step in diverged.items()
+        if step is not None
+    }
     if ends:
         best = min(ends, key=ends.__getitem__)
         verdicts |= {rate: _compare_with_best(rate, best, ends) for rate in ends}

@@ -65,7 +65,8 @@ def side_by_side(
     try:
         yield from tqdm(results, total=len(jobs), desc=name, disable=disable)
     except KeyboardInterrupt:
-        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        if workers > 1:
+            get_reusable_executor().shutdown(wait=True, kill_workers=True)
         raise
 
 
