@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import console, figures, machine
+from common.batches import least_sampled
 from common.dataset import CLASS_NAMES, Dataset, as_input, describe, open_source
 from common.network import predict_logits
 from common.results import Results
 from evaluation import SCORE_TITLES, add_checkpoint_options, evaluate_predictions
-from training import least_sampled, load_or_train
+from training import load_or_train
 
 REPORT_EPSILONS = (0.05, 0.1)
 # The report does not say for which of its epsilons its FGSM numbers stand, and left out the

@@ -20,10 +20,11 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from common import console, figures, machine
-from common.dataset import CLASS_NAMES, Dataset, describe, open_source
+from common.dataset import CLASS_NAMES, Dataset, as_input, describe, open_source
 from common.network import build_network
 from common.results import Results
-from training import NAIVE, Recipe, fit, make_optimizer, make_sampler, train_step, with_epochs
+from common.trainer import Recipe, fit, make_optimizer, make_sampler, train_step
+from training import NAIVE, with_epochs
 
 REPORT_RATES = (0.5, 0.05, 0.005, 0.0005, 0.00005)
 # Classes in equal parts, as in the report's later steps, and nothing else that would blur what
@@ -136,11 +137,11 @@ def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
 def draw_batches(
     recipe: Recipe, train: Dataset, device: torch.device
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield batches (uint8 pictures, labels) without end, drawn as the recipe says."""
+    """Yield batches (float pictures, labels) without end, drawn as the recipe says."""
     pictures, labels = train.pictures.to(device), train.labels.to(device)
     epochs = make_sampler(recipe, train.labels)
     for index in chain.from_iterable(epoch.split(recipe.batch_size) for epoch in epochs):
-        yield pictures[index.to(device)], labels[index.to(device)]
+        yield as_input(pictures[index.to(device)]), labels[index.to(device)]
 
 
 def draw_losses(ax: Axes, curves: dict[float, Sequence[float]]) -> Axes:

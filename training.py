@@ -16,61 +16,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import StepLR
+from torch import nn
 from tqdm import tqdm
 
 from common import console, figures, machine
 from common.console import UserError
-from common.dataset import CLASS_NAMES, Dataset, as_input, describe, open_source
+from common.dataset import CLASS_NAMES, Dataset, describe, open_source
+from common.label_fixes import read_fixes, with_fixes
 from common.network import (
-    build_network,
     fast_precision,
     load_checkpoint,
+    load_training,
     predict_logits,
     save_checkpoint,
     with_pixel_range,
 )
 from common.results import Results
+from common.trainer import Recipe, Trainer
 from evaluation import SCORE_TITLES, add_checkpoint_options, evaluate, scores_of
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All settings of a training run. They go into its checkpoint.
-
-    Attributes:
-        name: what `--recipe` calls it.
-        epochs: an epoch draws as many pictures as the set has.
-        batch_size: pictures a step. The report's 4 makes an epoch 32 times as many steps.
-        learning_rate: of Adam (Kingma and Ba, 2015).
-        weight_decay: Adam adds this times the weights to the gradient (L2 penalty).
-        sampler: how pictures are drawn: `shuffled`, `strict` or `weighted`.
-        class_weights: how often each class is drawn, relative to others; of `weighted` only.
-            Equal weights did best on folds of the training set.
-        plain_share: share of the epochs before pictures are flipped and shifted; 1 for never.
-        decay_share: the learning rate falls each time this share of the epochs is over; 1 for
-            never.
-        decay_factor: what it is multiplied with then.
-    """
-
-    name: str
-    epochs: int = 30
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    sampler: str = "shuffled"
-    class_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    plain_share: float = 1.0
-    decay_share: float = 1.0
-    decay_factor: float = 0.3
-
 
 NAIVE = Recipe("naive")
 WEIGHT_DECAY = replace(NAIVE, name="weight-decay", weight_decay=1e-4)
@@ -107,186 +76,141 @@ REPORT_SCORES: dict[str, dict[str, float]] = {
 }
 
 
-# How pictures are drawn: each sampler yields, epoch after epoch, N indices into the set.
-
-
-def shuffled(labels: Tensor) -> Iterator[Tensor]:
-    """Draw each picture once an epoch, whatever its class: nearly all are cars."""
-    while True:
-        yield torch.randperm(len(labels))
-
-
-def least_sampled(labels: Tensor) -> Iterator[Tensor]:
-    """Draw always from the class that was drawn least so far; ties are broken evenly.
-
-    That makes rounds in which each class comes once, in random order. A round that the end of
-    an epoch cuts goes on in the next one, so that counts never differ by more than 1.
-    """
-    members = [torch.nonzero(labels == label).flatten() for label in range(len(CLASS_NAMES))]
-    classes = torch.empty(0, dtype=torch.int64)
-    while True:
-        rounds = torch.rand(len(labels) // len(members) + 1, len(members)).argsort(dim=1)
-        classes = torch.cat([classes, rounds.flatten()])
-        drawn, classes = classes[: len(labels)], classes[len(labels) :]
-        index = torch.empty_like(drawn)
-        for label, own in enumerate(members):
-            places = torch.nonzero(drawn == label).flatten()
-            index[places] = own[torch.randint(len(own), (len(places),))]
-        yield index
-
-
-def weighted(labels: Tensor, class_weights: tuple[float, ...]) -> Iterator[Tensor]:
-    """Draw each picture by chance, classes in the ratio of their weights.
-
-    The same draws as torch's WeightedRandomSampler, without a Python list in between.
-    """
-    weight_of_picture = torch.tensor(class_weights, dtype=torch.float64) / torch.bincount(labels)
-    while True:
-        yield torch.multinomial(weight_of_picture[labels], len(labels), replacement=True)
-
-
-def make_sampler(recipe: Recipe, labels: Tensor) -> Iterator[Tensor]:
-    """Return the recipe's sampler for pictures with these labels."""
-    if recipe.sampler == "strict":
-        return least_sampled(labels)
-    if recipe.sampler == "weighted":
-        return weighted(labels, recipe.class_weights)
-    return shuffled(labels)
-
-
-def flip_and_shift(pictures: Tensor) -> Tensor:
-    """Mirror half of the pictures and shift each by up to 4 pixels both ways, at random.
-
-    What a shift uncovers is filled by reflection. All pictures of the batch are done at once:
-    pixel (i, j) of a new picture is pixel (rows[i], columns[j]) of the old one.
-
-    Args:
-        pictures: [B, 3, 32, 32] of any type.
-    """
-    count, _, height, width = pictures.shape
-    device = pictures.device
-    down, right = torch.randint(-4, 5, (2, count, 1), device=device)
-    rows = _reflect(torch.arange(height, device=device) + down, height)
-    columns = _reflect(torch.arange(width, device=device) + right, width)
-    mirrored = torch.rand(count, 1, device=device) < 0.5
-    columns = torch.where(mirrored, width - 1 - columns, columns)
-    picture = torch.arange(count, device=device)[:, None, None]
-    return pictures[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _reflect(index: Tensor, size: int) -> Tensor:
-    """Fold indices that stick out of 0..size-1 back inside: -1 to 1, size to size - 2."""
-    return size - 1 - (size - 1 - index.abs()).abs()
-
-
-def train_step(
-    net: nn.Module, optimizer: torch.optim.Optimizer, pictures: Tensor, labels: Tensor
-) -> float:
-    """Take one step on a batch (uint8 [B, 3, 32, 32], int64 [B]); return the loss before it."""
-    with fast_precision(pictures.device):
-        logits = net(as_input(pictures))
-    loss = F.cross_entropy(logits.float(), labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer; fused, as one step for all weights is the fastest."""
-    return torch.optim.Adam(
-        net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-
-
-def fit(
-    recipe: Recipe,
-    train: Dataset,
-    seed: int,
-    device: torch.device,
-    after_epoch: Callable[[nn.Module, list[float]], None] = lambda net, losses: None,
-) -> nn.Module:
-    """Train a new net.
-
-    The whole set lies in the device's memory and a batch is an index into it: no Python runs
-    for single pictures.
-
-    Args:
-        after_epoch: called with the net and the losses of the epoch's steps.
-
-    Returns:
-        the net of the last epoch, in evaluation mode. No epoch is chosen by its dev score:
-        that would make the score too good to be true.
-    """
-    torch.manual_seed(seed)
-    net = build_network().to(device).train()
-    optimizer = make_optimizer(net, recipe)
-    scheduler = StepLR(
-        optimizer, max(1, round(recipe.decay_share * recipe.epochs)), recipe.decay_factor
-    )
-    sampler = make_sampler(recipe, train.labels)
-    pictures, labels = train.pictures.to(device), train.labels.to(device)
-    for epoch in range(recipe.epochs):
-        losses = []
-        for index in next(sampler).to(device).split(recipe.batch_size):
-            batch = pictures.index_select(0, index)
-            if epoch >= recipe.plain_share * recipe.epochs:
-                batch = flip_and_shift(batch)
-            losses.append(train_step(net, optimizer, batch, labels[index]))
-        scheduler.step()
-        after_epoch(net, losses)
-    return net.eval()
-
-
 @dataclass
 class Run:
     """What came out of training one recipe with one seed."""
 
     recipe: Recipe
     seed: int
-    threads: int  # other numbers of threads add in other orders, and give other last digits
     net: nn.Module
     seconds: float
     scores: dict[str, Any]
-    curves: dict[str, list[Any]]  # loss, scores and recalls by epoch
+    history: list[dict[str, Any]]  # loss, seconds, scores and recalls of each epoch
+
+    @property
+    def curves(self) -> dict[str, list[Any]]:
+        """The history turned round: loss, scores and recalls, a list by epoch each."""
+        names = self.history[0].keys() - {"seconds"}
+        return {name: [epoch[name] for epoch in self.history] for name in sorted(names)}
 
 
 def train_and_evaluate(
-    recipe: Recipe,
-    seed: int,
-    train: Dataset,
+    trainer: Trainer,
     dev: Dataset,
-    device: torch.device,
-    show_progress: bool,
+    history: list[dict[str, Any]] | None = None,
+    after_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
 ) -> Run:
-    """Train one recipe with one seed, and watch the dev set meanwhile."""
-    history = []
-    bar = tqdm(total=recipe.epochs, desc=recipe.name, disable=None if show_progress else True)
+    """Train to the recipe's last epoch, and watch the dev set meanwhile.
 
-    def after_epoch(net: nn.Module, losses: list[float]) -> None:
+    Args:
+        trainer: a new one, or one that goes on from a saved state.
+        history: loss, seconds and scores of each epoch that it has behind it.
+        after_epoch: called with the history so far.
+    """
+    recipe, history = trainer.recipe, list(history or [])
+    with tqdm(total=recipe.epochs, initial=trainer.epoch, desc=recipe.name, disable=None) as bar:
+        while trainer.epoch < recipe.epochs:
+            start = time.perf_counter()
+            loss = float(np.mean(trainer.run_epoch()))
+            scores = _look_at(trainer.net, dev)
+            seconds = time.perf_counter() - start
+            history.append({"loss": loss, "seconds": seconds} | scores)
+            after_epoch(history)
+            bar.update()
+    seconds = sum(epoch["seconds"] for epoch in history)
+    scores = evaluate(trainer.net, dev, trainer.seed)
+    return Run(recipe, trainer.seed, trainer.net.cpu(), seconds, scores, history)
+
+
+def _look_at(net: nn.Module, dev: Dataset) -> dict[str, Any]:
+    """Return the scores on dev for a curve: computed as fast as in training."""
+    with fast_precision(next(net.parameters()).device):
         predicted = predict_logits(net, dev.pictures).argmax(dim=1)
-        scores = scores_of(confusion_matrix(dev.labels, predicted))
-        history.append({"loss": np.mean(losses)} | scores)
-        bar.update()
+    scores = scores_of(confusion_matrix(dev.labels, predicted, labels=range(len(CLASS_NAMES))))
+    return {name: score.tolist() for name, score in scores.items()}
 
-    start = time.perf_counter()
-    with bar:
-        net = fit(recipe, train, seed, device, after_epoch)
-    seconds = time.perf_counter() - start
-    curves = {name: [epoch[name].tolist() for epoch in history] for name in history[0]}
-    scores = evaluate(net, dev, seed)
-    return Run(recipe, seed, torch.get_num_threads(), net.cpu(), seconds, scores, curves)
+
+def about_run(trainer: Trainer, train: Dataset) -> dict[str, Any]:
+    """Return what a checkpoint says of its training: all that its numbers follow from.
+
+    The number of threads is part of it: others add in another order, which changes last digits,
+    and after some epochs whole scores. So each run has all the cores, one after the other, and
+    is the same alone and among many.
+    """
+    return {
+        "recipe": asdict(trainer.recipe),
+        "seed": trainer.seed,
+        "threads": torch.get_num_threads(),
+        "device": trainer.labels.device.type,
+        "trained_on": {"source": train.source, **train.facts()},
+    }
+
+
+def train_with_checkpoints(
+    trainer: Trainer, name: str, results: Results, train: Dataset, dev: Dataset, resume: bool
+) -> Run:
+    """Train, and save the net after each epoch, so that a run that is killed can be resumed.
+
+    Writes `<name>.unfinished.ckpt`, a checkpoint like any other, and at the end `<name>.ckpt`.
+    """
+    about = about_run(trainer, train)
+    unfinished = f"{name}.unfinished.ckpt"
+
+    def save(file: str, history: list[dict[str, Any]], state: dict[str, Any]) -> None:
+        training = {"history": history, "epoch": trainer.epoch} | state
+        write = partial(save_checkpoint, net=trainer.net, about=about, training=training)
+        results.save(file, write)
+
+    history = go_on(trainer, about, results.folder, name) if resume else []
+    run = train_and_evaluate(
+        trainer, dev, history, lambda history: save(unfinished, history, trainer.state())
+    )
+    save(f"{name}.ckpt", run.history, {})
+    results.remove(unfinished)
+    return run
+
+
+def go_on(trainer: Trainer, about: dict[str, Any], folder: Path, name: str) -> list[dict[str, Any]]:
+    """Bring the trainer to where an earlier run got; return the history of its epochs.
+
+    Raises:
+        UserError: the unfinished run is one of other settings.
+    """
+    unfinished, finished = folder / f"{name}.unfinished.ckpt", folder / f"{name}.ckpt"
+    for path in filter(Path.exists, (unfinished, finished)):
+        net, earlier, training = load_training(path)
+        other = [key for key in about if earlier.get(key) != about[key]]
+        if not other and training:
+            trainer.go_on_from(net.state_dict(), training)
+            print(f"{name}: goes on after epoch {trainer.epoch} of {trainer.recipe.epochs}")
+            return training["history"]
+        if path == unfinished:
+            raise UserError(
+                f"{path}: is of another run, with another {' and '.join(other)}; "
+                "repeat its command, or leave --resume out to start anew"
+            )
+    return []
 
 
 def train_all(
-    recipes: list[Recipe], seeds: list[int], train: Dataset, dev: Dataset, device: torch.device
+    recipes: list[Recipe],
+    seeds: list[int],
+    results: Results,
+    train: Dataset,
+    dev: Dataset,
+    device: torch.device,
+    resume: bool = False,
 ) -> Iterator[Run]:
-    """Train each recipe with each seed, side by side where cores allow; yield each run."""
-    jobs = [(recipe, seed, train, dev, device) for recipe in recipes for seed in seeds]
-    alone = len(jobs) == 1
-    return machine.side_by_side(
-        train_and_evaluate, [(*job, alone) for job in jobs], device, "training runs"
-    )
+    """Train each recipe with each seed; yield each run, its checkpoint saved.
+
+    The first seed's checkpoint is `<recipe>.ckpt`, others have their seed in their names.
+    """
+    machine.prepare_torch(joblib.cpu_count())
+    for recipe in recipes:
+        for seed in seeds:
+            name = recipe.name if seed == seeds[0] else f"{recipe.name}-seed{seed}"
+            trainer = Trainer(recipe, train, seed, device)
+            yield train_with_checkpoints(trainer, name, results, train, dev, resume)
 
 
 def combine(items: list[Any], function: Callable[[list[float]], float]) -> Any:
@@ -314,9 +238,7 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
         "recipe": asdict(runs[0].recipe),
         "report": REPORT_SCORES.get(runs[0].recipe.name, {}),
         "runs": [
-            {"seed": run.seed, "threads": run.threads, "seconds": run.seconds}
-            | run.scores
-            | {"curves": run.curves}
+            {"seed": run.seed, "seconds": run.seconds} | run.scores | {"curves": run.curves}
             for run in runs
         ],
     }
@@ -432,18 +354,6 @@ def show_mismatch(net: nn.Module, dev: Dataset, seed: int) -> dict[str, Any]:
     return scores
 
 
-def save_run(results: Results, run: Run, first_seed: int, train: Dataset) -> None:
-    """Write a run's checkpoint; the first seed's is `<recipe>.ckpt`."""
-    about = {
-        "recipe": asdict(run.recipe),
-        "seed": run.seed,
-        "threads": run.threads,
-        "trained_on": {"source": train.source, **train.facts()},
-    }
-    name = run.recipe.name if run.seed == first_seed else f"{run.recipe.name}-seed{run.seed}"
-    results.save(f"{name}.ckpt", partial(save_checkpoint, net=run.net, about=about))
-
-
 def with_epochs(recipe: Recipe, epochs: int | None, quick: bool) -> Recipe:
     """Return the recipe with as many epochs as asked for; without that, its own, or 2 if quick."""
     return replace(recipe, epochs=epochs or (2 if quick else recipe.epochs))
@@ -471,8 +381,7 @@ def load_or_train(
         if not _is_trained_on(path, train):
             print(f"{path}: no net of this data yet; training recipe {FINAL.name}")
             recipe = with_epochs(FINAL, None, arguments.quick)
-            for run in train_all([recipe], [seed], train, dev, device):
-                save_run(results, run, seed, train)
+            list(train_all([recipe], [seed], results, train, dev, device))
     net, about = load_checkpoint(path, arguments.pixel_range)
     print(f"the net: {path}, {_in_words(about)}\n")
     return net.to(device), {"file": path.name, **about}
@@ -500,12 +409,10 @@ def train_recipes(
     train: Dataset,
     dev: Dataset,
     device: torch.device,
+    resume: bool,
 ) -> None:
-    """Train recipes and write, draw and print all that came out; nets as soon as they are done."""
-    runs = []
-    for run in train_all(recipes, seeds, train, dev, device):
-        save_run(results, run, seeds[0], train)
-        runs.append(run)
+    """Train recipes and write, draw and print all that came out."""
+    runs = list(train_all(recipes, seeds, results, train, dev, device, resume))
     summaries = {}
     for recipe in recipes:
         summaries[recipe.name] = summarise([run for run in runs if run.recipe == recipe])
@@ -526,20 +433,34 @@ def main() -> None:
         "--epochs", type=console.positive_whole_number, help="how many, not the recipe's own"
     )
     parser.add_argument(
+        "--label-fixes",
+        type=Path,
+        metavar="FILE",
+        help="train with the labels that this file of label_errors.py has accepted",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with runs that were stopped; give the same options as before",
+    )
+    parser.add_argument(
         "--show-mismatch",
         action="store_true",
         help="evaluate one net in the right and in the wrong pixel range, instead of training",
     )
     add_checkpoint_options(parser, "the net of final (for --show-mismatch only)")
     arguments = parser.parse_args()
-    if arguments.show_mismatch and (arguments.recipe or arguments.epochs):
-        parser.error("--show-mismatch trains nothing; leave --recipe and --epochs out")
+    training_options = ("recipe", "epochs", "label_fixes", "resume")
+    if arguments.show_mismatch and any(getattr(arguments, name) for name in training_options):
+        parser.error("--show-mismatch trains nothing; leave --recipe and its like out")
     if (arguments.checkpoint or arguments.pixel_range) and not arguments.show_mismatch:
         parser.error("--checkpoint and --pixel-range go with --show-mismatch")
     device = machine.choose_device(arguments.device)
     source = open_source(arguments.data, arguments.data_seed)
     dev = source.load("dev", arguments.quick)
     train = None if arguments.checkpoint else source.load("train", arguments.quick)
+    if arguments.label_fixes:
+        train = with_fixes(train, read_fixes(arguments.label_fixes, train))
     results = Results(arguments, describe(train, dev))
     if arguments.show_mismatch:
         net, about = load_or_train(arguments, results, train, dev, arguments.seed[0])
@@ -549,7 +470,7 @@ def main() -> None:
         name = arguments.recipe or FINAL.name
         chosen = list(REPORT_RECIPES.values()) if name == "all" else [RECIPES[name]]
         recipes = [with_epochs(each, arguments.epochs, arguments.quick) for each in chosen]
-        train_recipes(recipes, arguments.seed, results, train, dev, device)
+        train_recipes(recipes, arguments.seed, results, train, dev, device, arguments.resume)
     results.print_written()
 
 

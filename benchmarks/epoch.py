@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import console, machine
 from common.dataset import Dataset, as_input, open_source
 from common.network import CourseNet
-from training import NAIVE, fit
+from common.trainer import fit
+from training import NAIVE
 
 ROUNDS = 5
 EPOCHS = 6  # of ours a turn, so that its turns last about as long as the plain loop's

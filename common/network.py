@@ -37,16 +37,43 @@ class PixelRange(nn.Module):
         return pictures * (self.high - self.low) + self.low
 
 
-class CourseNet(nn.Module):
+class Network(nn.Module):
+    """What all nets share: the pixel range, and a look at the mirror image.
+
+    Args:
+        pixel_range: the range that the layers behind it are trained on.
+        average_flips: in evaluation mode, give the mean of a picture's logits and its mirror
+            image's: which way a car drives does not make it another thing.
+    """
+
+    def __init__(
+        self, pixel_range: tuple[float, float] = COURSE_RANGE, average_flips: bool = False
+    ) -> None:
+        super().__init__()
+        self.pixel_range = PixelRange(*pixel_range)
+        self.average_flips = average_flips
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return logits, [N, 3], of pictures, float32 [N, 3, 32, 32] in [0, 1]."""
+        pictures = self.pixel_range(pictures)
+        if self.average_flips and not self.training:
+            return (self.logits(pictures) + self.logits(pictures.flip(-1))) / 2
+        return self.logits(pictures)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits, [N, 3], of pictures in the pixel range."""
+        raise NotImplementedError
+
+
+class CourseNet(Network):
     """The course's CNN: two convolutions and three linear layers, 66,171 parameters.
 
     LeCun et al., "Gradient-based learning applied to document recognition" (1998), with ReLU,
     max pooling and dropout.
     """
 
-    def __init__(self, pixel_range: tuple[float, float] = COURSE_RANGE) -> None:
-        super().__init__()
-        self.pixel_range = PixelRange(*pixel_range)
+    def __init__(self, *settings: Any, **more_settings: Any) -> None:
+        super().__init__(*settings, **more_settings)
         self.conv1 = nn.Conv2d(3, 16, kernel_size=5)  # 32x32 -> 28x28, pooled to 14x14
         self.conv2 = nn.Conv2d(16, 16, kernel_size=5)  # 14x14 -> 10x10, pooled to 5x5
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
@@ -54,9 +81,8 @@ class CourseNet(nn.Module):
         self.fc3 = nn.Linear(84, len(CLASS_NAMES))
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Return logits, [N, 3], of pictures, float32 [N, 3, 32, 32] in [0, 1]."""
-        x = self.pixel_range(pictures)
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits, [N, 3], of pictures in the pixel range."""
         # The course applies ReLU, then pooling. The largest of four values is the same before
         # and after ReLU, so pooling first gives the same net, with a quarter of the ReLU's work.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
@@ -71,10 +97,12 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {"CourseNet": CourseNet}
 
 
 def build_network(
-    name: str = "CourseNet", pixel_range: tuple[float, float] = COURSE_RANGE
+    name: str = "CourseNet",
+    pixel_range: tuple[float, float] = COURSE_RANGE,
+    average_flips: bool = False,
 ) -> nn.Module:
     """Return a new net of a kind in NETWORKS, in the memory layout that CPUs are fastest with."""
-    return NETWORKS[name](pixel_range).to(memory_format=torch.channels_last)
+    return NETWORKS[name](pixel_range, average_flips).to(memory_format=torch.channels_last)
 
 
 def with_pixel_range(net: nn.Module, pixel_range: tuple[float, float]) -> nn.Module:
@@ -119,18 +147,28 @@ def predict_logits(net: nn.Module, pictures: Tensor) -> Tensor:
     return torch.cat(logits)
 
 
-def save_checkpoint(path: Path, net: nn.Module, about: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, net: nn.Module, about: dict[str, Any], training: dict[str, Any] | None = None
+) -> None:
     """Write the net's weights, kind and pixel range, and `about`: what it was trained on.
+
+    How the training went, and what it needs to go on, may stand beside them.
 
     The weights have the course's own names and are trained on the course's own range, so that
     the course's evaluation script loads the file as well.
     """
     weights = {name: weight.detach().cpu() for name, weight in net.state_dict().items()}
-    pixel_range = (net.pixel_range.low, net.pixel_range.high)
-    kind = {"network": type(net).__name__, "pixel_range": pixel_range}
-    content = io.BytesIO()  # first to memory: a full disk is then an OSError like any other
-    torch.save({"model_state_dict": weights} | kind | {"about": about}, content)
-    path.write_bytes(content.getvalue())
+    content = {
+        "model_state_dict": weights,
+        "network": type(net).__name__,
+        "pixel_range": (net.pixel_range.low, net.pixel_range.high),
+        "average_flips": net.average_flips,
+        "about": about,
+        "training": training or {},
+    }
+    buffer = io.BytesIO()  # first to memory: a full disk is then an OSError like any other
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(
@@ -148,6 +186,14 @@ def load_checkpoint(
         UserError: no such file, no checkpoint, weights of another net, or a pixel range
             given for a checkpoint that carries its own.
     """
+    net, about, _ = load_training(path, pixel_range)
+    return net, about
+
+
+def load_training(
+    path: Path, pixel_range: tuple[float, float] | None = None
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """Return what `load_checkpoint` does, and how the training went ({} if the file is silent)."""
     content = _read_checkpoint(path)
     if "pixel_range" in content and pixel_range is not None:
         own = "{:g},{:g}".format(*content["pixel_range"])
@@ -161,11 +207,15 @@ def load_checkpoint(
     name = str(content.get("network", "CourseNet"))
     if name not in NETWORKS:
         raise UserError(f"{path}: net of an unknown kind, {name}; known are {', '.join(NETWORKS)}")
-    net = build_network(name, content.get("pixel_range", pixel_range or COURSE_RANGE))
+    net = build_network(
+        name,
+        content.get("pixel_range", pixel_range or COURSE_RANGE),
+        content.get("average_flips") is True,
+    )
     weights = content["model_state_dict"]
     _check_weights(path, net, weights)
     net.load_state_dict(weights)
-    return net.eval(), content.get("about", {})
+    return net.eval(), content.get("about", {}), content.get("training", {})
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

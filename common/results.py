@@ -70,8 +70,16 @@ class Results:
             write_whole(path, write)
         except OSError as error:
             raise UserError(f"{path}: can't be written: {error.strerror or error}") from error
-        self.written.append(path)
+        if path not in self.written:
+            self.written.append(path)
         return path
+
+    def remove(self, name: str) -> None:
+        """Remove a file that this run has no more use for."""
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        if path in self.written:
+            self.written.remove(path)
 
     def save_json(self, step: str, numbers: dict[str, Any]) -> None:
         """Write `<step>.json`: the numbers, and all that is needed to get them again."""

@@ -10,7 +10,8 @@ import adversarial
 from adversarial import add_noise, choose_examples, fgsm, fit_one_noise, random_noise, rates_of
 from common.dataset import as_input, open_source
 from common.network import load_checkpoint, predict_logits
-from training import NAIVE, fit
+from common.trainer import fit
+from training import NAIVE
 
 
 @pytest.fixture(scope="module")

@@ -1,155 +1,38 @@
 import json
-from collections import Counter
+import subprocess
+import sys
+import time
+from argparse import Namespace
 from dataclasses import FrozenInstanceError, asdict, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import COURSE_DATA, needs_course_data
-from scipy.stats import chisquare
-from torch import nn
 
 import training
-from common import machine
-from common.dataset import as_input, open_source
-from common.network import load_checkpoint, predict_logits, with_pixel_range
-from training import FINAL, NAIVE, RECIPES, fit, flip_and_shift, least_sampled, shuffled, weighted
+from common import console
+from common.dataset import Dataset, open_source
+from common.label_fixes import LabelFix, format_fixes
+from common.network import load_checkpoint, load_training, predict_logits, with_pixel_range
+from common.results import Results
+from common.trainer import Recipe, Trainer
+from training import FINAL, NAIVE, RECIPES
 
 CPU = torch.device("cpu")
-
-
-def labels_of(counts):
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-
-
-def test_shuffled_draws_each_picture_once():
-    torch.manual_seed(0)
-    for epoch in islice(shuffled(labels_of((100, 20, 5))), 3):
-        assert sorted(epoch.tolist()) == list(range(125))
-
-
-def test_least_sampled_draws_42_42_41():
-    torch.manual_seed(0)
-    labels = labels_of((100, 20, 5))
-    epoch = next(least_sampled(labels))
-    assert sorted(Counter(labels[epoch].tolist()).values()) == [41, 42, 42]
-
-
-def test_least_sampled_counts_never_differ_by_more_than_1_even_across_epochs():
-    torch.manual_seed(1)
-    labels = labels_of((50, 9, 5))
-    counts = np.zeros(3, dtype=int)
-    for epoch in islice(least_sampled(labels), 7):
-        for label in labels[epoch].tolist():
-            counts[label] += 1
-            assert np.ptp(counts) <= 1
-
-
-def test_least_sampled_breaks_ties_evenly_and_reaches_each_picture():
-    torch.manual_seed(2)
-    labels = labels_of((6, 3, 3))
-    first, drawn = Counter(), Counter()
-    sampler = least_sampled(labels)
-    for epoch in islice(sampler, 600):
-        first[labels[epoch[0]].item()] += 1
-        drawn.update(epoch.tolist())
-    assert chisquare([first[label] for label in range(3)]).pvalue > 0.001
-    assert chisquare([drawn[i] for i in range(6)]).pvalue > 0.001
-    assert set(drawn) == set(range(12))
-
-
-def test_samplers_follow_torchs_seed():
-    labels = labels_of((50, 9, 5))
-    for sampler in (shuffled, least_sampled, lambda labels: weighted(labels, (1, 1, 1))):
-        runs = []
-        for seed in (3, 3, 4):
-            torch.manual_seed(seed)
-            runs.append(next(sampler(labels)).tolist())
-        assert runs[0] == runs[1] != runs[2]
-
-
-def test_weighted_draws_classes_in_the_ratio_of_their_weights():
-    torch.manual_seed(0)
-    labels = labels_of((880, 80, 40))
-    drawn = torch.cat(list(islice(weighted(labels, (2.0, 1.0, 1.0)), 20)))
-    counts = torch.bincount(labels[drawn])
-    assert chisquare(counts, [10000, 5000, 5000]).pvalue > 0.001
-
-
-def test_flip_and_shift_equals_padding_cropping_and_mirroring_one_by_one():
-    torch.manual_seed(0)
-    pictures = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-    padded = np.pad(pictures.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
-    seen = set()
-    for result, source in zip(flip_and_shift(pictures).numpy(), padded, strict=True):
-        matches = [
-            (top, left, mirrored)
-            for top in range(9)
-            for left in range(9)
-            for mirrored in (False, True)
-            if np.array_equal(_crop(source, top, left, mirrored), result)
-        ]
-        assert len(matches) == 1
-        seen.add(matches[0])
-    assert {mirrored for *_, mirrored in seen} == {False, True}
-    assert {0, 8} <= {top for top, *_ in seen}
-
-
-def _crop(source, top, left, mirrored):
-    crop = source[:, top : top + 32, left : left + 32]
-    return crop[:, :, ::-1] if mirrored else crop
-
-
-def test_train_step_returns_the_loss_before_the_step_and_lowers_it(train):
-    torch.manual_seed(0)
-    net = training.build_network().eval()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    expected = nn.functional.cross_entropy(net(as_input(train.pictures)), train.labels).item()
-    first = training.train_step(net, optimizer, train.pictures, train.labels)
-    second = training.train_step(net, optimizer, train.pictures, train.labels)
-    assert first == pytest.approx(expected, rel=0.02)
-    assert second < first
-
-
 QUICK = replace(NAIVE, name="quick", epochs=3, batch_size=16)
 
 
-def test_same_seed_same_net_and_other_seed_other_net(train):
-    nets = [fit(QUICK, train, seed, CPU) for seed in (0, 0, 1)]
-    logits = [predict_logits(net, train.pictures) for net in nets]
-    assert torch.equal(logits[0], logits[1])
-    assert not torch.equal(logits[0], logits[2])
+def run_once(recipe: Recipe, seed: int, train: Dataset, dev: Dataset) -> training.Run:
+    return training.train_and_evaluate(Trainer(recipe, train, seed, CPU), dev)
 
 
-def test_fit_learns_what_is_easy_and_takes_the_last_epoch(train, dev):
-    epochs = []
-    recipe = replace(QUICK, epochs=25, sampler="weighted", learning_rate=3e-3)
-    net = fit(recipe, train, 0, CPU, after_epoch=lambda net, losses: epochs.append(losses))
-    assert training.evaluate(net, dev)["g_mean"] > 0.9
-    assert len(epochs) == 25
-    assert all(len(losses) == 4 for losses in epochs)  # 60 pictures, 16 a batch
-    assert np.mean(epochs[-1]) < 0.5 * np.mean(epochs[0])
-    assert not net.training
-
-
-def test_recipe_decides_when_transforms_start_and_rates_fall(train, monkeypatch):
-    transformed, rates = [], []
-    monkeypatch.setattr(training, "flip_and_shift", lambda x: transformed.append(1) or x)
-    original = training.train_step
-
-    def spy(net, optimizer, pictures, labels):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return original(net, optimizer, pictures, labels)
-
-    monkeypatch.setattr(training, "train_step", spy)
-    recipe = replace(
-        QUICK, epochs=6, batch_size=60, plain_share=1 / 3, decay_share=1 / 3, decay_factor=0.1
-    )
-    fit(recipe, train, 0, CPU)
-    assert len(transformed) == 4
-    assert rates == pytest.approx([1e-3] * 2 + [1e-4] * 2 + [1e-5] * 2)
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.joblib, "cpu_count", lambda: 1)  # as in runs outside train_all
+    arguments = Namespace(quick=False, out=tmp_path / "out")
+    return Results(arguments, {"source": "tiny", "parts": {}})
 
 
 def test_recipes_are_frozen_and_each_is_an_earlier_one_with_little_changed():
@@ -165,23 +48,98 @@ def test_recipes_are_frozen_and_each_is_an_earlier_one_with_little_changed():
         assert all(change for change in changes)
 
 
-def test_runs_side_by_side_equal_runs_alone(train, dev):
+def test_a_run_is_the_same_alone_and_among_others(train, dev, results):
     recipes = [QUICK, replace(QUICK, name="strict", sampler="strict")]
-    together = list(training.train_all(recipes, [0, 1], train, dev, CPU))
+    together = list(training.train_all(recipes, [0, 1], results, train, dev, CPU))
     for run in together:
-        alone = training.train_and_evaluate(run.recipe, run.seed, train, dev, CPU, False)
+        alone = run_once(run.recipe, run.seed, train, dev)
         assert alone.scores == run.scores
-        assert alone.curves == run.curves
+        for now, then in zip(alone.history, run.history, strict=True):
+            assert now | {"seconds": 0} == then | {"seconds": 0}
     assert [(run.recipe.name, run.seed) for run in together] == [
         ("quick", 0),
         ("quick", 1),
         ("strict", 0),
         ("strict", 1),
     ]
+    names = {path.name for path in results.folder.iterdir()}
+    assert names == {"quick.ckpt", "quick-seed1.ckpt", "strict.ckpt", "strict-seed1.ckpt"}
+
+
+def test_a_stopped_run_leaves_its_last_epoch_and_ends_the_same_when_resumed(
+    train, dev, results, monkeypatch
+):
+    whole = run_once(QUICK, 0, train, dev)
+    original, epochs = Trainer.run_epoch, []
+
+    def stop_in_the_third_epoch(trainer):
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return original(trainer)
+
+    monkeypatch.setattr(Trainer, "run_epoch", stop_in_the_third_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        list(training.train_all([QUICK], [0], results, train, dev, CPU))
+    unfinished = results.folder / "quick.unfinished.ckpt"
+    assert load_training(unfinished)[2]["epoch"] == 2
+    with pytest.raises(console.UserError, match="of another run, with another recipe"):
+        list(
+            training.train_all(
+                [replace(QUICK, epochs=9)], [0], results, train, dev, CPU, resume=True
+            )
+        )
+    (resumed,) = training.train_all([QUICK], [0], results, train, dev, CPU, resume=True)
+    assert len(epochs) == 4  # only the one that was missing
+    assert resumed.scores == whole.scores
+    assert resumed.curves["loss"] == whole.curves["loss"]
+    assert not unfinished.exists()
+    weights = load_checkpoint(results.folder / "quick.ckpt")[0].state_dict()
+    for name, weight in whole.net.state_dict().items():
+        assert torch.equal(weights[name], weight)
+    (again,) = training.train_all([QUICK], [0], results, train, dev, CPU, resume=True)
+    assert len(epochs) == 4  # none at all: it was finished
+    assert again.scores == whole.scores
+
+
+@pytest.mark.slow
+def test_runs_killed_at_any_moment_end_with_the_numbers_of_whole_ones(course_folder, tmp_path):
+    command = [sys.executable, console.PROJECT / "training.py", "--data", course_folder]
+    command += ["--recipe", "weighted-sampler", "--epochs", "150", "--seed", "0,1"]
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
+    stopped, moments = tmp_path / "stopped", np.random.default_rng(0)
+    for _ in range(10):
+        process = subprocess.Popen([*command, "--out", stopped, "--resume"])
+        time.sleep(moments.uniform(2, 6))
+        process.kill()
+        process.wait()
+        for path in stopped.glob("[!.]*.ckpt"):
+            load_checkpoint(path)
+    subprocess.run([*command, "--out", stopped, "--resume"], check=True, capture_output=True)
+    for name in ("weighted-sampler", "weighted-sampler-seed1"):
+        nets = [load_checkpoint(tmp_path / out / f"{name}.ckpt")[0] for out in ("whole", "stopped")]
+        weights = [net.state_dict() for net in nets]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_label_fixes_are_trained_on_and_those_of_other_data_refused(
+    run_script, course_folder, tmp_path, train
+):
+    index = int(torch.nonzero(train.labels == 2)[0])
+    path = tmp_path / "fixes.csv"
+    path.write_text(format_fixes(train, [LabelFix(index, 2, 0, 0.9)]))
+    options = ("--data", course_folder, "--out", "out", "--epochs", 1, "--label-fixes", path)
+    assert run_script(training, *options)[0] == 0
+    about = load_checkpoint(tmp_path / "out/final.ckpt")[1]
+    assert about["trained_on"]["class_counts"] == {"car": 41, "truck": 12, "cat": 7}
+    path.write_text(path.read_text().replace(train.fingerprint, "0123456789ab"))
+    status, _, error = run_script(training, *options)
+    assert status == 2
+    assert "fingerprint 0123456789ab; the data here is course, train" in error
 
 
 def test_summary_has_means_and_spread_over_seeds(train, dev):
-    runs = [training.train_and_evaluate(QUICK, seed, train, dev, CPU, False) for seed in (0, 1, 2)]
+    runs = [run_once(QUICK, seed, train, dev) for seed in (0, 1, 2)]
     summary = training.summarise(runs)
     scores = [run.scores["accuracy"] for run in runs]
     assert summary["accuracy"] == pytest.approx(np.mean(scores))
@@ -258,25 +216,18 @@ def test_a_net_that_a_user_trained_is_used_and_not_overwritten(run_script, cours
 
 
 def test_comparison_figure_shows_ours_and_the_reports(train, dev):
-    run = training.train_and_evaluate(
-        replace(NAIVE, epochs=1), 0, train, dev, CPU, show_progress=False
-    )
+    run = run_once(replace(NAIVE, epochs=1), 0, train, dev)
     figure = training.draw_comparison({"naive": training.summarise([run])})
     points = {line.get_marker(): line.get_xdata() for line in figure.axes[0].lines[:3]}
     assert points["D"].item() == 0.904
     assert points["o"].item() == run.scores["accuracy"]
 
 
-def test_kept_memory_changes_no_result(train):
-    before = predict_logits(fit(QUICK, train, 0, CPU), train.pictures)
-    machine.prepare_torch(threads=1)
-    assert torch.equal(before, predict_logits(fit(QUICK, train, 0, CPU), train.pictures))
-
-
 @pytest.mark.slow
-def test_the_reports_lesson_shows_on_sketches():
+def test_the_reports_lesson_shows_on_sketches(results):
     train, dev = (open_source("sketches").load(part) for part in ("train", "dev"))
-    naive, final = (run.scores for run in training.train_all([NAIVE, FINAL], [0], train, dev, CPU))
+    runs = training.train_all([NAIVE, FINAL], [0], results, train, dev, CPU)
+    naive, final = (run.scores for run in runs)
     assert naive["accuracy"] > 0.9
     assert min(naive["recall"], key=naive["recall"].get) == "cat"
     assert naive["g_mean"] < naive["accuracy"] - 0.1
@@ -285,9 +236,9 @@ def test_the_reports_lesson_shows_on_sketches():
 
 @needs_course_data
 @pytest.mark.slow
-def test_final_recognises_all_classes_of_the_courses_pictures_and_naive_does_not():
+def test_final_recognises_all_classes_of_the_courses_pictures_and_naive_does_not(results):
     train, dev = (open_source(str(COURSE_DATA)).load(part) for part in ("train", "dev"))
-    runs = list(training.train_all([NAIVE, FINAL], [0, 1, 2], train, dev, CPU))
+    runs = list(training.train_all([NAIVE, FINAL], [0, 1, 2], results, train, dev, CPU))
     g_mean = {
         name: training.summarise(part)["g_mean"]
         for name, part in (("naive", runs[:3]), ("final", runs[3:]))

@@ -1,0 +1,110 @@
+"""What a batch is made of: which pictures are drawn, and how they are altered each time.
+
+Each sampler yields, epoch after epoch, as many indices into the set as it has pictures. All that
+is random follows from torch's seed.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributions import Beta
+
+from common.dataset import CLASS_NAMES
+
+
+def shuffled(labels: Tensor) -> Iterator[Tensor]:
+    """Draw each picture once an epoch, whatever its class: nearly all are cars."""
+    while True:
+        yield torch.randperm(len(labels))
+
+
+def least_sampled(labels: Tensor) -> Iterator[Tensor]:
+    """Draw always from the class that was drawn least so far; ties are broken evenly.
+
+    That makes rounds in which each class comes once, in random order. A round that the end of
+    an epoch cuts goes on in the next one, so that counts never differ by more than 1.
+    """
+    members = [torch.nonzero(labels == label).flatten() for label in range(len(CLASS_NAMES))]
+    classes = torch.empty(0, dtype=torch.int64)
+    while True:
+        rounds = torch.rand(len(labels) // len(members) + 1, len(members)).argsort(dim=1)
+        classes = torch.cat([classes, rounds.flatten()])
+        drawn, classes = classes[: len(labels)], classes[len(labels) :]
+        index = torch.empty_like(drawn)
+        for label, own in enumerate(members):
+            places = torch.nonzero(drawn == label).flatten()
+            index[places] = own[torch.randint(len(own), (len(places),))]
+        yield index
+
+
+def weighted(labels: Tensor, shares: Tensor) -> Iterator[Tensor]:
+    """Draw each picture by chance, so that the classes come in these shares, [C].
+
+    The same draws as torch's WeightedRandomSampler, without a Python list in between.
+    """
+    weight_of_picture = (shares / torch.bincount(labels, minlength=len(shares)))[labels]
+    while True:
+        yield torch.multinomial(weight_of_picture, len(labels), replacement=True)
+
+
+def flip_and_shift(pictures: Tensor) -> Tensor:
+    """Mirror half of the pictures and shift each by up to 4 pixels both ways, at random.
+
+    What a shift uncovers is filled by reflection. All pictures of the batch are done at once:
+    pixel (i, j) of a new picture is pixel (rows[i], columns[j]) of the old one.
+
+    Args:
+        pictures: [B, 3, 32, 32] of any type.
+    """
+    count, _, height, width = pictures.shape
+    device = pictures.device
+    down, right = torch.randint(-4, 5, (2, count, 1), device=device)
+    rows = _reflect(torch.arange(height, device=device) + down, height)
+    columns = _reflect(torch.arange(width, device=device) + right, width)
+    mirrored = torch.rand(count, 1, device=device) < 0.5
+    columns = torch.where(mirrored, width - 1 - columns, columns)
+    picture = torch.arange(count, device=device)[:, None, None]
+    return pictures[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Fold indices that stick out of 0..size-1 back inside: -1 to 1, size to size - 2."""
+    return size - 1 - (size - 1 - index.abs()).abs()
+
+
+def change_colours(pictures: Tensor, strength: float) -> Tensor:
+    """Change brightness, contrast and colour balance of each picture at random.
+
+    Args:
+        pictures: float in [0, 1], [B, 3, 32, 32].
+        strength: contrast changes by a factor of 1 - strength to 1 + strength; brightness, and
+            each of red, green and blue against the others, by half of that.
+    """
+
+    def between(low: float, high: float, channels: int = 1) -> Tensor:
+        size = (len(pictures), channels, 1, 1)
+        return torch.empty(size, device=pictures.device).uniform_(low, high)
+
+    grey = pictures.mean(dim=(1, 2, 3), keepdim=True)
+    balance = between(1 - strength / 2, 1 + strength / 2, channels=3)
+    brightness = between(-strength / 2, strength / 2)
+    contrast = between(1 - strength, 1 + strength)
+    return ((pictures - grey) * contrast + (grey * balance + brightness)).clamp_(0, 1)
+
+
+def mix_up(pictures: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Blend each picture, and its target, with those of another of the batch.
+
+    Zhang et al., "mixup: Beyond empirical risk minimization" (2018). The share of the other is
+    drawn for each picture from Beta(alpha, alpha), and is at most a half.
+
+    Args:
+        pictures: float [B, 3, 32, 32].
+        targets: chance of each class, float [B, C].
+    """
+    share = Beta(alpha, alpha).sample((len(pictures), 1)).to(pictures.device)
+    share = torch.minimum(share, 1 - share)
+    other = torch.randperm(len(pictures), device=pictures.device)
+    mixed = torch.lerp(pictures, pictures[other], share[:, :, None, None])
+    return mixed, torch.lerp(targets, targets[other], share)

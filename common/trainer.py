@@ -1,0 +1,232 @@
+"""How a net is trained: all settings of a run as a `Recipe`, and the loop that follows it."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.batches import (
+    change_colours,
+    flip_and_shift,
+    least_sampled,
+    mix_up,
+    shuffled,
+    weighted,
+)
+from common.dataset import CLASS_NAMES, Dataset, as_input
+from common.network import build_network, fast_precision
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a training run. They go into its checkpoint.
+
+    Attributes:
+        name: what `--recipe` calls it.
+        network: the kind of net, a name in NETWORKS.
+        epochs: an epoch draws as many pictures as the set has.
+        batch_size: pictures a step. The report's 4 makes an epoch 32 times as many steps.
+        learning_rate: of Adam (Kingma and Ba, 2015).
+        schedule: how the rate changes: in `steps`, or in `one-cycle`: up for the first tenth of
+            the run, then down to 0 along half a cosine (Smith and Topin, 2018).
+        decay_share: with `steps`, the rate falls each time this share of the epochs is over; 1
+            for never.
+        decay_factor: what it is multiplied with then.
+        weight_decay: Adam adds this times the weights to the gradient (L2 penalty).
+        decoupled: weight decay shrinks the weights themselves instead (AdamW, Loshchilov and
+            Hutter, 2019).
+        sampler: how pictures are drawn: `shuffled`, `strict` or `weighted`.
+        class_weights: how often each class is drawn, relative to others; of `weighted` only.
+        balance: of `weighted` only. 1 draws the classes as class_weights say, 0 in the set's own
+            shares, 0.5 in the ratio of the square roots of their sizes.
+        adjust_logits: adds the log of each class's share in the draws to its logit in training,
+            so that without it the net is fair to classes that are drawn less (Menon et al., 2021).
+        plain_share: share of the epochs before pictures are altered; 1 for never.
+        colour_change: how much brightness, contrast and colours are altered, 0 to 1.
+        mixup: alpha of mixup; 0 for none.
+        average_flips: the net, once trained, gives the mean of a picture's logits and its mirror
+            image's.
+    """
+
+    name: str
+    network: str = "CourseNet"
+    epochs: int = 30
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    schedule: str = "steps"
+    decay_share: float = 1.0
+    decay_factor: float = 0.3
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    sampler: str = "shuffled"
+    class_weights: tuple[float, ...] = (1.0,) * len(CLASS_NAMES)
+    balance: float = 1.0
+    adjust_logits: bool = False
+    plain_share: float = 1.0
+    colour_change: float = 0.0
+    mixup: float = 0.0
+    average_flips: bool = False
+
+
+WARM_UP = 0.1  # share of a one-cycle run in which the rate rises
+
+
+def learning_rate_at(recipe: Recipe, progress: float) -> float:
+    """Return the learning rate when this share of the run is over, 0 to 1."""
+    if recipe.schedule == "steps":
+        falls = int(progress / recipe.decay_share + 1e-9)  # 0.6 / 0.2 is a little less than 3
+        return recipe.learning_rate * recipe.decay_factor**falls
+    if progress < WARM_UP:
+        return recipe.learning_rate * progress / WARM_UP
+    angle = math.pi * (progress - WARM_UP) / (1 - WARM_UP)
+    return recipe.learning_rate * (1 + math.cos(angle)) / 2
+
+
+def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer; fused, as one step for all weights is the fastest."""
+    return torch.optim.Adam(
+        net.parameters(),
+        recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        decoupled_weight_decay=recipe.decoupled,
+        fused=True,
+    )
+
+
+def drawn_shares(recipe: Recipe, labels: Tensor) -> Tensor:
+    """Return the share of each class among the pictures that the recipe's sampler draws, [C]."""
+    counts = torch.bincount(labels, minlength=len(CLASS_NAMES)).double()
+    if recipe.sampler == "strict":
+        counts = torch.ones_like(counts)
+    if recipe.sampler == "weighted":
+        counts = torch.tensor(recipe.class_weights) * counts ** (1 - recipe.balance)
+    return counts / counts.sum()
+
+
+def make_sampler(recipe: Recipe, labels: Tensor) -> Iterator[Tensor]:
+    """Return the recipe's sampler for pictures with these labels."""
+    if recipe.sampler == "strict":
+        return least_sampled(labels)
+    if recipe.sampler == "weighted":
+        return weighted(labels, drawn_shares(recipe, labels))
+    return shuffled(labels)
+
+
+def train_step(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pictures: Tensor,
+    targets: Tensor,
+    log_prior: Tensor | float = 0.0,
+) -> float:
+    """Take one step on a batch; return the loss before it.
+
+    Args:
+        pictures: float in [0, 1], [B, 3, 32, 32].
+        targets: labels, int64 [B], or the chance of each class, float [B, C].
+        log_prior: added to the logits for the loss, [C].
+    """
+    with fast_precision(pictures.device):
+        logits = net(pictures)
+    loss = F.cross_entropy(logits.float() + log_prior, targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+class Trainer:
+    """A training run that can be stopped after any epoch, saved, and gone on with.
+
+    The whole set lies in the device's memory and a batch is an index into it: no Python runs for
+    single pictures. What is random in an epoch follows from the run's seed and the epoch's
+    number, so that a run that goes on from a saved state ends like one that never stopped.
+
+    Attributes:
+        net: the net; in evaluation mode once the last epoch is over. No epoch is chosen by its
+            dev score: that would make the score too good to be true.
+        epoch: number of epochs done.
+    """
+
+    def __init__(self, recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> None:
+        torch.manual_seed(seed)
+        self.recipe, self.seed, self.epoch = recipe, seed, 0
+        self.net = build_network(recipe.network, average_flips=recipe.average_flips)
+        self.net.to(device).train()
+        self.optimizer = make_optimizer(self.net, recipe)
+        self.pictures, self.labels = train.pictures.to(device), train.labels.to(device)
+        self.sampler = make_sampler(recipe, train.labels)
+        prior = drawn_shares(recipe, train.labels).float().to(device)
+        self.log_prior = prior.log() if recipe.adjust_logits else 0.0
+
+    def _draw_epoch(self) -> Tensor:
+        torch.manual_seed(self.seed * 1_000_003 + self.epoch)  # far apart for any two seeds
+        return next(self.sampler)
+
+    def run_epoch(self) -> list[float]:
+        """Train for one epoch; return the losses of its steps."""
+        losses = []
+        batches = self._draw_epoch().to(self.labels.device).split(self.recipe.batch_size)
+        for number, index in enumerate(batches):
+            progress = (self.epoch + number / len(batches)) / self.recipe.epochs
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.recipe, progress)
+            pictures, targets = self._prepare(index)
+            losses.append(train_step(self.net, self.optimizer, pictures, targets, self.log_prior))
+        self.epoch += 1
+        self.net.train(self.epoch < self.recipe.epochs)
+        return losses
+
+    def _prepare(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return pictures and targets of a batch, altered as the recipe says."""
+        recipe = self.recipe
+        pictures, targets = self.pictures.index_select(0, index), self.labels[index]
+        if self.epoch >= recipe.plain_share * recipe.epochs:
+            pictures = flip_and_shift(pictures)
+        pictures = as_input(pictures)
+        if recipe.colour_change:
+            pictures = change_colours(pictures, recipe.colour_change)
+        if recipe.mixup:
+            targets = F.one_hot(targets, len(CLASS_NAMES)).float()
+            pictures, targets = mix_up(pictures, targets, recipe.mixup)
+        return pictures, targets
+
+    def state(self) -> dict[str, Any]:
+        """Return what is needed to go on from here, beside the net's weights."""
+        return {"epoch": self.epoch, "optimizer": self.optimizer.state_dict()}
+
+    def go_on_from(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go on where a run with the same recipe, data, seed and number of threads got to."""
+        self.net.load_state_dict(weights)
+        if "optimizer" in state:  # a run that is over needs none
+            self.optimizer.load_state_dict(state["optimizer"])
+        while self.epoch < state["epoch"]:
+            self._draw_epoch()  # a sampler may remember what it has drawn
+            self.epoch += 1
+        self.net.train(self.epoch < self.recipe.epochs)
+
+
+def fit(
+    recipe: Recipe,
+    train: Dataset,
+    seed: int,
+    device: torch.device,
+    after_epoch: Callable[[nn.Module, list[float]], None] = lambda net, losses: None,
+) -> nn.Module:
+    """Train a new net to the recipe's last epoch.
+
+    Args:
+        after_epoch: called with the net and the losses of the epoch's steps.
+
+    Returns:
+        the net, in evaluation mode.
+    """
+    trainer = Trainer(recipe, train, seed, device)
+    while trainer.epoch < recipe.epochs:
+        losses = trainer.run_epoch()
+        after_epoch(trainer.net, losses)
+    return trainer.net
