@@ -7,7 +7,7 @@ where they become what a net sees: float32 in [0, 1].
 import hashlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,22 @@ class Dataset:
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:12]
 
+    def take(self, index: Tensor) -> "Dataset":
+        """Return the part of the set with these indices, int64 [M]."""
+        true_labels = None if self.true_labels is None else self.true_labels[index]
+        return replace(
+            self,
+            pictures=self.pictures[index],
+            labels=self.labels[index],
+            true_labels=true_labels,
+        )
+
     def first(self, count: int) -> "Dataset":
         """Return the first `count` pictures of each class, for dry runs."""
         of_class = [
             torch.nonzero(self.labels == label)[:count] for label in range(len(CLASS_NAMES))
         ]
-        index = torch.cat(of_class).flatten().sort().values
-        true_labels = None if self.true_labels is None else self.true_labels[index]
-        return Dataset(
-            self.source, self.part, self.pictures[index], self.labels[index], true_labels
-        )
+        return self.take(torch.cat(of_class).flatten().sort().values)
 
     def facts(self) -> dict[str, Any]:
         """Return what files that rest on this set say about it."""

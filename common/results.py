@@ -87,7 +87,11 @@ class Results:
         versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
         facts = {"step": step, "data": self.data, "settings": self.settings, "versions": versions}
         text = json.dumps(_plain(facts | numbers), indent=2, allow_nan=False) + "\n"
-        self.save(f"{step}.json", lambda path: path.write_text(text, encoding="utf-8"))
+        self.save_text(f"{step}.json", text)
+
+    def save_text(self, name: str, text: str) -> None:
+        """Write a file of text."""
+        self.save(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_figure(self, name: str, figure: Figure) -> None:
         """Write `<name>.png`, with a last line that says which data it shows."""

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
+from common import machine
 from common.batches import (
     change_colours,
     flip_and_shift,
@@ -18,7 +20,8 @@ from common.batches import (
     weighted,
 )
 from common.dataset import CLASS_NAMES, Dataset, as_input
-from common.network import build_network, fast_precision
+from common.label_noise import find_trusted
+from common.network import build_network, fast_precision, predict_logits
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class Recipe:
         plain_share: share of the epochs before pictures are altered; 1 for never.
         colour_change: how much brightness, contrast and colours are altered, 0 to 1.
         mixup: alpha of mixup; 0 for none.
+        judge_epochs: before the training, nets of the course's kind are trained for so many
+            epochs on parts of the set, and each judges the labels of the part left out; what they
+            find more likely wrong than right is not learnt from. 0 for no judges.
+        check_labels_at: when this share of the epochs is over, the net judges the labels that it
+            learns from, and goes on without those that it finds more likely wrong than right; 1
+            for never.
         average_flips: the net, once trained, gives the mean of a picture's logits and its mirror
             image's.
     """
@@ -69,6 +78,8 @@ class Recipe:
     plain_share: float = 1.0
     colour_change: float = 0.0
     mixup: float = 0.0
+    judge_epochs: int = 0
+    check_labels_at: float = 1.0
     average_flips: bool = False
 
 
@@ -158,19 +169,40 @@ class Trainer:
         self.net = build_network(recipe.network, average_flips=recipe.average_flips)
         self.net.to(device).train()
         self.optimizer = make_optimizer(self.net, recipe)
+        self.train, self.device = train, device
         self.pictures, self.labels = train.pictures.to(device), train.labels.to(device)
-        self.sampler = make_sampler(recipe, train.labels)
-        prior = drawn_shares(recipe, train.labels).float().to(device)
-        self.log_prior = prior.log() if recipe.adjust_logits else 0.0
+        self._learn_from(torch.arange(len(train), device=device))
+
+    def _learn_from(self, trusted: Tensor) -> None:
+        """Draw only from the pictures with these indices from now on."""
+        self.trusted = trusted
+        labels = self.labels[trusted].cpu()
+        self.sampler = make_sampler(self.recipe, labels)
+        prior = drawn_shares(self.recipe, labels).float().to(trusted.device)
+        self.log_prior = prior.log() if self.recipe.adjust_logits else 0.0
+
+    def _leave_out_doubted(self) -> None:
+        """Learn from now on without the labels that are more likely wrong than right."""
+        if self.epoch == 0:
+            logits = judge_by_folds(judge_of(self.recipe), self.train, self.seed, self.device)
+        else:
+            with fast_precision(self.device):
+                logits = predict_logits(self.net, self.pictures)
+        trusted = torch.zeros(len(self.train), dtype=torch.bool)
+        trusted[find_trusted(logits, self.train.labels)] = True
+        self._learn_from(self.trusted[trusted[self.trusted.cpu()]])
 
     def _draw_epoch(self) -> Tensor:
         torch.manual_seed(self.seed * 1_000_003 + self.epoch)  # far apart for any two seeds
-        return next(self.sampler)
+        return self.trusted[next(self.sampler).to(self.trusted.device)]
 
     def run_epoch(self) -> list[float]:
         """Train for one epoch; return the losses of its steps."""
+        starts_judged = self.epoch == 0 and self.recipe.judge_epochs > 0
+        if starts_judged or self.epoch == round(self.recipe.check_labels_at * self.recipe.epochs):
+            self._leave_out_doubted()
         losses = []
-        batches = self._draw_epoch().to(self.labels.device).split(self.recipe.batch_size)
+        batches = self._draw_epoch().split(self.recipe.batch_size)
         for number, index in enumerate(batches):
             progress = (self.epoch + number / len(batches)) / self.recipe.epochs
             for group in self.optimizer.param_groups:
@@ -197,13 +229,18 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return what is needed to go on from here, beside the net's weights."""
-        return {"epoch": self.epoch, "optimizer": self.optimizer.state_dict()}
+        return {
+            "epoch": self.epoch,
+            "trusted": self.trusted,
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def go_on_from(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go on where a run with the same recipe, data, seed and number of threads got to."""
         self.net.load_state_dict(weights)
         if "optimizer" in state:  # a run that is over needs none
             self.optimizer.load_state_dict(state["optimizer"])
+            self._learn_from(state["trusted"].to(self.labels.device))
         while self.epoch < state["epoch"]:
             self._draw_epoch()  # a sampler may remember what it has drawn
             self.epoch += 1
@@ -230,3 +267,42 @@ def fit(
         losses = trainer.run_epoch()
         after_epoch(trainer.net, losses)
     return trainer.net
+
+
+# An even number of folds keeps two cores busy to the end; more of them leave each net more to
+# learn from, but take longer.
+FOLDS = 4
+
+
+def judge_of(recipe: Recipe) -> Recipe:
+    """Return how the judges of a recipe's labels are trained."""
+    return replace(
+        recipe,
+        name="judge",
+        network="CourseNet",
+        epochs=recipe.judge_epochs,
+        judge_epochs=0,
+        check_labels_at=1.0,
+    )
+
+
+def judge(
+    recipe: Recipe, learnt: Dataset, judged: Tensor, seed: int, device: torch.device
+) -> Tensor:
+    """Train a net on one set; return the logits, [N, C], that it gives other pictures."""
+    return predict_logits(fit(recipe, learnt, seed, device), judged)
+
+
+def judge_by_folds(recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> Tensor:
+    """Return logits for each picture of the set, [N, C], by a net that has not learnt from it."""
+    splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    folds = list(splitter.split(train.pictures, train.labels))
+    jobs = [
+        (recipe, train.take(torch.from_numpy(learnt)), train.pictures[left_out], seed, device)
+        for learnt, left_out in folds
+    ]
+    logits = torch.empty(len(train), len(CLASS_NAMES))
+    judged = machine.side_by_side(judge, jobs, device, "folds")
+    for (_, left_out), logits_of_fold in zip(folds, judged, strict=True):
+        logits[left_out] = logits_of_fold
+    return logits

@@ -1,0 +1,98 @@
+"""What does each ingredient of a recipe give? Leave out one at a time.
+
+    python benchmarks/ablation.py --recipe tuned --label-fixes results/<data>/label_fixes.csv
+
+Each variant is trained three times, on two thirds of the training set each, and judged on the
+third left out: dev stays untouched. With --label-fixes, pictures whose labels are doubted are
+left out of the judging, though not of the training.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import confusion_matrix
+from sklearn.model_selection import StratifiedKFold
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import console, machine
+from common.dataset import CLASS_NAMES, Dataset, open_source
+from common.label_fixes import read_fixes
+from common.network import predict_logits
+from common.trainer import Recipe, fit
+from evaluation import scores_of
+from training import BEST, TUNED
+
+FOLDS = 3
+LEFT_OUT = {
+    "flips and shifts": {"plain_share": 1.0},
+    "changed colours": {"colour_change": 0.0},
+    "mixup": {"mixup": 0.0},
+    "one cycle of the rate": {"schedule": "steps"},
+    "draws by root of size": {"balance": 1.0, "adjust_logits": False},
+    "weight decay": {"weight_decay": 0.0},
+    "check of the labels": {"check_labels_at": 1.0},
+    "mirror image at the end": {"average_flips": False},
+}
+
+
+def variants_of(recipe: Recipe) -> dict[str, Recipe]:
+    """Return the recipe whole, and without each ingredient that it has."""
+    variants = {"all": recipe}
+    for ingredient, settings in LEFT_OUT.items():
+        without = replace(recipe, **settings)
+        if without != recipe:
+            variants[f"without {ingredient}"] = without
+    return variants
+
+
+def score(
+    recipe: Recipe, train: Dataset, learnt: np.ndarray, judged: np.ndarray, seed: int
+) -> float:
+    """Train on the pictures learnt; return the G-mean on those judged."""
+    net = fit(recipe, train.take(torch.from_numpy(learnt)), seed, torch.device("cpu"))
+    left_out = train.take(torch.from_numpy(judged))
+    predicted = predict_logits(net, left_out.pictures).argmax(dim=1)
+    labels = range(len(CLASS_NAMES))
+    return float(scores_of(confusion_matrix(left_out.labels, predicted, labels=labels))["g_mean"])
+
+
+def main() -> None:
+    """Print the table: mean and spread over the folds, and what each ingredient gives."""
+    parser = console.make_parser(__doc__)
+    parser.add_argument("--recipe", choices=[TUNED.name, BEST.name], default=TUNED.name)
+    parser.add_argument("--epochs", type=console.positive_whole_number)
+    parser.add_argument("--label-fixes", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    train = open_source(arguments.data, arguments.data_seed).load("train", arguments.quick)
+    fixes = read_fixes(arguments.label_fixes, train) if arguments.label_fixes else []
+    doubted = [fix.index for fix in fixes]
+    recipe = {each.name: each for each in (TUNED, BEST)}[arguments.recipe]
+    variants = variants_of(replace(recipe, epochs=arguments.epochs or recipe.epochs))
+    splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=arguments.seed)
+    folds = list(splitter.split(train.pictures, train.labels))
+    jobs = [
+        (variant, train, learnt, np.setdiff1d(left_out, doubted), arguments.seed + number)
+        for variant in variants.values()
+        for number, (learnt, left_out) in enumerate(folds)
+    ]
+    scores = machine.side_by_side(score, jobs, torch.device("cpu"), "runs")
+    table = np.array(list(scores)).reshape(len(variants), FOLDS)
+    gain = table[0] - table
+    rows = [
+        [
+            name,
+            f"{row.mean():.3f} ±{row.std(ddof=1):.3f}",
+            f"{lost.mean():+.3f} ±{lost.std(ddof=1):.3f}",
+        ]
+        for name, row, lost in zip(variants, table, gain, strict=True)
+    ]
+    print(f"recipe {recipe.name}, {variants['all'].epochs} epochs, {train.source}, {FOLDS} folds")
+    console.print_table(["", "G-mean", "it gives"], rows)
+
+
+if __name__ == "__main__":
+    console.run(main)

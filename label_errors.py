@@ -1,0 +1,176 @@
+"""Step 3c: which labels are wrong?
+
+    python label_errors.py
+    python training.py --recipe final --label-fixes results/<data>/label_fixes.csv
+
+Nets judge pictures that they have not learnt from. Where they are sure that a label is wrong, it
+goes into a table for a person to look through: contact sheets show each doubted picture, and
+`no` in the table's last column keeps the label that it has.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from cleanlab.filter import find_label_issues
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common import console, figures, machine
+from common.dataset import CLASS_NAMES, PARTS, Dataset, describe, open_source
+from common.label_fixes import LabelFix, format_fixes
+from common.label_noise import true_label_chances
+from common.results import Results
+from common.trainer import Recipe, judge, judge_by_folds
+from training import BEST, with_epochs
+
+RECIPE = replace(BEST, name="label-errors", epochs=24)
+ROWS_SHOWN = 12  # of the ranked table at the terminal
+
+
+def judge_dev(
+    recipe: Recipe, train: Dataset, dev: Dataset, seed: int, device: torch.device
+) -> Tensor:
+    """Return logits for dev, [N, C]: the mean of a few nets that have learnt the training set."""
+    jobs = [(recipe, train, dev.pictures, seed + number, device) for number in range(2)]
+    return torch.stack(list(machine.side_by_side(judge, jobs, device, "nets"))).mean(dim=0)
+
+
+def find_fixes(dataset: Dataset, logits: Tensor) -> list[LabelFix]:
+    """Return the labels that are more likely wrong than right, the most doubtful first.
+
+    cleanlab (Northcutt et al., "Confident learning", 2021) judges and ranks, by the chances of
+    each picture's true label.
+    """
+    chances = true_label_chances(logits, dataset.labels).numpy()
+    ranked = find_label_issues(
+        dataset.labels.numpy(),
+        chances,
+        filter_by="predicted_neq_given",
+        return_indices_ranked_by="self_confidence",
+    )
+    return [
+        LabelFix(
+            index=int(index),
+            given=int(dataset.labels[index]),
+            suggested=int(chances[index].argmax()),
+            confidence=float(chances[index].max()),
+        )
+        for index in ranked
+    ]
+
+
+def rate(dataset: Dataset, fixes: list[LabelFix]) -> dict[str, dict[str, float]]:
+    """Compare what was found with the truth, for each given class and for all.
+
+    Returns:
+        number of wrong labels, of those doubted, and recall, precision, and the share of right
+        suggestions among wrong labels found.
+    """
+    wrong = (dataset.labels != dataset.true_labels).numpy()
+    doubted, suggested = np.zeros_like(wrong), dataset.labels.clone()
+    for fix in fixes:
+        doubted[fix.index], suggested[fix.index] = True, fix.suggested
+    right = (suggested == dataset.true_labels).numpy()
+    rated = {}
+    for number, name in enumerate((*CLASS_NAMES, "all")):
+        part = (dataset.labels.numpy() == number) | (name == "all")
+        rated[name] = {
+            "wrong": int(wrong[part].sum()),
+            "doubted": int(doubted[part].sum()),
+            "recall": _share(doubted, part & wrong),
+            "precision": _share(wrong, part & doubted),
+            "suggestion_right": _share(right, part & wrong & doubted),
+        }
+    return rated
+
+
+def _share(flags: np.ndarray, part: np.ndarray) -> float:
+    """Return the share of pictures of a part that have a flag; NaN if it has none."""
+    return float(flags[part].mean()) if part.any() else float("nan")
+
+
+def draw_sheet(dataset: Dataset, fixes: list[LabelFix], label: int) -> Figure:
+    """Return the doubted pictures of one given class, each under its index and suggested label."""
+    doubted = [fix for fix in fixes if fix.given == label]
+    name = CLASS_NAMES[label]
+    pictures = dataset.pictures[[fix.index for fix in doubted]]
+    captions = [
+        f"{fix.index}: {CLASS_NAMES[fix.suggested]}, {fix.confidence:.0%}" for fix in doubted
+    ]
+    title = (
+        f"{len(doubted)} of {dataset.class_counts[label]} labels {name} in {dataset.part} "
+        "are doubted; above each picture what it should be, and how sure the nets are"
+    )
+    return figures.contact_sheet(title, pictures, captions, columns=12)
+
+
+def print_fixes(fixes: list[LabelFix]) -> None:
+    """Print the head of the ranked table."""
+    rows = [
+        [
+            str(fix.index),
+            CLASS_NAMES[fix.given],
+            CLASS_NAMES[fix.suggested],
+            f"{fix.confidence:.3f}",
+        ]
+        for fix in fixes[:ROWS_SHOWN]
+    ]
+    console.print_table(["picture", "given", "suggested", "confidence"], rows)
+    if len(fixes) > ROWS_SHOWN:
+        print(f"... and {len(fixes) - ROWS_SHOWN} more in the file")
+
+
+def print_rates(rated: dict[str, dict[str, float]]) -> None:
+    """Print what was found of the wrong labels, where they are known."""
+    rows = [
+        [name, *(f"{values[key]:.0f}" for key in ("wrong", "doubted"))]
+        + [f"{values[key]:.0%}" for key in ("recall", "precision", "suggestion_right")]
+        for name, values in rated.items()
+    ]
+    print("\nThe true labels are known here; of what was found:")
+    titles = ["given", "wrong", "doubted", "found", "precision", "suggestion right"]
+    console.print_table(titles, rows)
+
+
+def save_fixes(results: Results, dataset: Dataset, fixes: list[LabelFix], recipe: Recipe) -> None:
+    """Write, draw and print the doubted labels."""
+    suffix = "" if dataset.part == "train" else f"-{dataset.part}"
+    results.save_text(f"label_fixes{suffix}.csv", format_fixes(dataset, fixes))
+    for label, name in enumerate(CLASS_NAMES):
+        results.save_figure(f"label-errors-{name}{suffix}", draw_sheet(dataset, fixes, label))
+    numbers: dict[str, Any] = {"recipe": asdict(recipe), "fixes": [asdict(fix) for fix in fixes]}
+    print_fixes(fixes)
+    if dataset.true_labels is not None:
+        numbers["rates"] = rate(dataset, fixes)
+        print_rates(numbers["rates"])
+    results.save_json(f"label_errors{suffix}", numbers)
+
+
+def main() -> None:
+    """Find the labels that are probably wrong."""
+    parser = console.make_parser(__doc__)
+    parser.add_argument(
+        "--part", choices=PARTS, default="train", help="whose labels to judge, by nets of train"
+    )
+    parser.add_argument(
+        "--epochs", type=console.positive_whole_number, help="how many, not the recipe's own"
+    )
+    arguments = parser.parse_args()
+    device = machine.choose_device(arguments.device)
+    source = open_source(arguments.data, arguments.data_seed)
+    train = source.load("train", arguments.quick)
+    judged = train if arguments.part == "train" else source.load("dev", arguments.quick)
+    results = Results(arguments, describe(judged))
+    recipe = with_epochs(RECIPE, arguments.epochs, arguments.quick)
+    if judged is train:
+        logits = judge_by_folds(recipe, train, arguments.seed, device)
+    else:
+        logits = judge_dev(recipe, train, judged, arguments.seed, device)
+    save_fixes(results, judged, find_fixes(judged, logits), recipe)
+    results.print_written()
+
+
+if __name__ == "__main__":
+    console.run(main)
