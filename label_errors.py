@@ -20,20 +20,34 @@ from torch import Tensor
 from common import console, figures, machine
 from common.dataset import CLASS_NAMES, PARTS, Dataset, describe, open_source
 from common.label_fixes import LabelFix, format_fixes
-from common.label_noise import true_label_chances
+from common.label_noise import LEFT_OUT, leave_out_doubted, true_label_chances
 from common.results import Results
-from common.trainer import Recipe, judge, judge_by_folds
+from common.trainer import Recipe, judge, judge_by_folds, judge_of
 from training import BEST, with_epochs
 
-RECIPE = replace(BEST, name="label-errors", epochs=24)
+RECIPE = replace(BEST, name="label-errors", epochs=20)
+DEV_NETS = 2
 ROWS_SHOWN = 12  # of the ranked table at the terminal
 
 
-def judge_dev(
-    recipe: Recipe, train: Dataset, dev: Dataset, seed: int, device: torch.device
+def judge_all(
+    recipe: Recipe, train: Dataset, judged: Dataset, seed: int, device: torch.device
 ) -> Tensor:
-    """Return logits for dev, [N, C]: the mean of a few nets that have learnt the training set."""
-    jobs = [(recipe, train, dev.pictures, seed + number, device) for number in range(2)]
+    """Return logits for a set, [N, C], by nets that have not learnt from the picture.
+
+    Small nets judge the training set first; what they doubt is not learnt from by the better
+    nets that decide.
+
+    Args:
+        judged: the training set itself, or dev: that by the mean of a few nets.
+    """
+    logits = judge_by_folds(judge_of(recipe), train, seed, device)
+    trusted = leave_out_doubted(logits, train.labels) != LEFT_OUT
+    recipe = replace(recipe, judge_epochs=0)
+    if judged is train:
+        return judge_by_folds(recipe, train, seed, device, trusted)
+    learnt = train.take(torch.nonzero(trusted).flatten())
+    jobs = [(recipe, learnt, judged.pictures, seed + number, device) for number in range(DEV_NETS)]
     return torch.stack(list(machine.side_by_side(judge, jobs, device, "nets"))).mean(dim=0)
 
 
@@ -164,10 +178,7 @@ def main() -> None:
     judged = train if arguments.part == "train" else source.load("dev", arguments.quick)
     results = Results(arguments, describe(judged))
     recipe = with_epochs(RECIPE, arguments.epochs, arguments.quick)
-    if judged is train:
-        logits = judge_by_folds(recipe, train, arguments.seed, device)
-    else:
-        logits = judge_dev(recipe, train, judged, arguments.seed, device)
+    logits = judge_all(recipe, train, judged, arguments.seed, device)
     save_fixes(results, judged, find_fixes(judged, logits), recipe)
     results.print_written()
 

@@ -90,7 +90,9 @@ BEST = replace(
     learning_rate=5e-3,
     weight_decay=0.05,
     decoupled=True,
+    judge_epochs=30,
     check_labels_at=0.25,
+    average_weights=0.995,
 )
 RECIPES = REPORT_RECIPES | {recipe.name: recipe for recipe in (PRE_TRAINED, TUNED, BEST)}
 

@@ -1,5 +1,6 @@
 """How a net is trained: all settings of a run as a `Recipe`, and the loop that follows it."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from common.batches import (
     weighted,
 )
 from common.dataset import CLASS_NAMES, Dataset, as_input
-from common.label_noise import find_trusted
+from common.label_noise import LEFT_OUT, leave_out_doubted, mend
 from common.network import build_network, fast_precision, predict_logits
 
 
@@ -54,9 +55,10 @@ class Recipe:
         judge_epochs: before the training, nets of the course's kind are trained for so many
             epochs on parts of the set, and each judges the labels of the part left out; what they
             find more likely wrong than right is not learnt from. 0 for no judges.
-        check_labels_at: when this share of the epochs is over, the net judges the labels that it
-            learns from, and goes on without those that it finds more likely wrong than right; 1
-            for never.
+        check_labels_at: when this share of the epochs is over, the net judges the labels itself:
+            those that it is sure are wrong are mended, other doubtful ones left out; 1 for never.
+        average_weights: the net that counts is a moving average of the weights; each step keeps
+            this share of it (Polyak and Juditsky, 1992). 0 for the last weights.
         average_flips: the net, once trained, gives the mean of a picture's logits and its mirror
             image's.
     """
@@ -80,6 +82,7 @@ class Recipe:
     mixup: float = 0.0
     judge_epochs: int = 0
     check_labels_at: float = 1.0
+    average_weights: float = 0.0
     average_flips: bool = False
 
 
@@ -158,39 +161,39 @@ class Trainer:
     number, so that a run that goes on from a saved state ends like one that never stopped.
 
     Attributes:
-        net: the net; in evaluation mode once the last epoch is over. No epoch is chosen by its
-            dev score: that would make the score too good to be true.
+        net: the net as it stands, in evaluation mode: the average, if the recipe has one. No
+            epoch is chosen by its dev score: that would make the score too good to be true.
         epoch: number of epochs done.
     """
 
     def __init__(self, recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
-        self.recipe, self.seed, self.epoch = recipe, seed, 0
-        self.net = build_network(recipe.network, average_flips=recipe.average_flips)
-        self.net.to(device).train()
-        self.optimizer = make_optimizer(self.net, recipe)
-        self.train, self.device = train, device
-        self.pictures, self.labels = train.pictures.to(device), train.labels.to(device)
-        self._learn_from(torch.arange(len(train), device=device))
+        self.recipe, self.seed, self.epoch, self.steps = recipe, seed, 0, 0
+        self.training_net = build_network(recipe.network, average_flips=recipe.average_flips)
+        self.training_net.to(device).train()
+        self.net = copy.deepcopy(self.training_net).eval()
+        self.optimizer = make_optimizer(self.training_net, recipe)
+        self.train, self.device, self.pictures = train, device, train.pictures.to(device)
+        self._learn_from(train.labels)
 
-    def _learn_from(self, trusted: Tensor) -> None:
-        """Draw only from the pictures with these indices from now on."""
-        self.trusted = trusted
-        labels = self.labels[trusted].cpu()
-        self.sampler = make_sampler(self.recipe, labels)
-        prior = drawn_shares(self.recipe, labels).float().to(trusted.device)
+    def _learn_from(self, labels: Tensor) -> None:
+        """Learn these labels from now on, none of those that are LEFT_OUT."""
+        self.labels = labels.to(self.device)
+        self.trusted = torch.nonzero(self.labels != LEFT_OUT).flatten()
+        kept = labels[labels != LEFT_OUT]
+        self.sampler = make_sampler(self.recipe, kept)
+        prior = drawn_shares(self.recipe, kept).float().to(self.device)
         self.log_prior = prior.log() if self.recipe.adjust_logits else 0.0
 
-    def _leave_out_doubted(self) -> None:
-        """Learn from now on without the labels that are more likely wrong than right."""
-        if self.epoch == 0:
-            logits = judge_by_folds(judge_of(self.recipe), self.train, self.seed, self.device)
-        else:
+    def _check_labels(self) -> None:
+        recipe, given = self.recipe, self.train.labels
+        if self.epoch == 0 and recipe.judge_epochs > 0:
+            logits = judge_by_folds(judge_of(recipe), self.train, self.seed, self.device)
+            self._learn_from(leave_out_doubted(logits, given))
+        if self.epoch == round(recipe.check_labels_at * recipe.epochs):
             with fast_precision(self.device):
                 logits = predict_logits(self.net, self.pictures)
-        trusted = torch.zeros(len(self.train), dtype=torch.bool)
-        trusted[find_trusted(logits, self.train.labels)] = True
-        self._learn_from(self.trusted[trusted[self.trusted.cpu()]])
+            self._learn_from(mend(logits, given, self.labels.cpu()))
 
     def _draw_epoch(self) -> Tensor:
         torch.manual_seed(self.seed * 1_000_003 + self.epoch)  # far apart for any two seeds
@@ -198,9 +201,7 @@ class Trainer:
 
     def run_epoch(self) -> list[float]:
         """Train for one epoch; return the losses of its steps."""
-        starts_judged = self.epoch == 0 and self.recipe.judge_epochs > 0
-        if starts_judged or self.epoch == round(self.recipe.check_labels_at * self.recipe.epochs):
-            self._leave_out_doubted()
+        self._check_labels()
         losses = []
         batches = self._draw_epoch().split(self.recipe.batch_size)
         for number, index in enumerate(batches):
@@ -208,10 +209,21 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate_at(self.recipe, progress)
             pictures, targets = self._prepare(index)
-            losses.append(train_step(self.net, self.optimizer, pictures, targets, self.log_prior))
+            losses.append(
+                train_step(self.training_net, self.optimizer, pictures, targets, self.log_prior)
+            )
+            self.steps += 1
+            if self.recipe.average_weights:  # starts with what little past there is
+                self._keep(min(self.recipe.average_weights, self.steps / (self.steps + 10)))
+        if not self.recipe.average_weights:
+            self._keep(0.0)
         self.epoch += 1
-        self.net.train(self.epoch < self.recipe.epochs)
         return losses
+
+    def _keep(self, share: float) -> None:
+        """Move the net to the one in training, but for this share of what it is."""
+        for mine, theirs in zip(_values(self.net), _values(self.training_net), strict=True):
+            mine.lerp_(theirs, 1 - share)
 
     def _prepare(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return pictures and targets of a batch, altered as the recipe says."""
@@ -231,7 +243,9 @@ class Trainer:
         """Return what is needed to go on from here, beside the net's weights."""
         return {
             "epoch": self.epoch,
-            "trusted": self.trusted,
+            "steps": self.steps,
+            "labels": self.labels,
+            "training_net": self.training_net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -240,11 +254,17 @@ class Trainer:
         self.net.load_state_dict(weights)
         if "optimizer" in state:  # a run that is over needs none
             self.optimizer.load_state_dict(state["optimizer"])
-            self._learn_from(state["trusted"].to(self.labels.device))
+            self.training_net.load_state_dict(state["training_net"])
+            self.steps = state["steps"]
+            self._learn_from(state["labels"].cpu())
         while self.epoch < state["epoch"]:
             self._draw_epoch()  # a sampler may remember what it has drawn
             self.epoch += 1
-        self.net.train(self.epoch < self.recipe.epochs)
+
+
+def _values(net: nn.Module) -> list[Tensor]:
+    """Return all that a net has learnt: weights, and what batch normalisation has measured."""
+    return [value for value in net.state_dict().values() if value.is_floating_point()]
 
 
 def fit(
@@ -293,12 +313,27 @@ def judge(
     return predict_logits(fit(recipe, learnt, seed, device), judged)
 
 
-def judge_by_folds(recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> Tensor:
-    """Return logits for each picture of the set, [N, C], by a net that has not learnt from it."""
+def judge_by_folds(
+    recipe: Recipe,
+    train: Dataset,
+    seed: int,
+    device: torch.device,
+    trusted: Tensor | None = None,
+) -> Tensor:
+    """Return logits for each picture of the set, [N, C], by a net that has not learnt from it.
+
+    Args:
+        trusted: which pictures may be learnt from, bool [N]; None for all.
+    """
     splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    folds = list(splitter.split(train.pictures, train.labels))
+    folds = [
+        (torch.from_numpy(learnt), torch.from_numpy(left_out))
+        for learnt, left_out in splitter.split(train.pictures, train.labels)
+    ]
+    if trusted is not None:
+        folds = [(learnt[trusted[learnt]], left_out) for learnt, left_out in folds]
     jobs = [
-        (recipe, train.take(torch.from_numpy(learnt)), train.pictures[left_out], seed, device)
+        (recipe, train.take(learnt), train.pictures[left_out], seed, device)
         for learnt, left_out in folds
     ]
     logits = torch.empty(len(train), len(CLASS_NAMES))

@@ -12,7 +12,7 @@ import label_errors
 from common import trainer
 from common.console import UserError
 from common.label_fixes import LabelFix, format_fixes, read_fixes, with_fixes
-from common.label_noise import find_trusted, true_label_chances
+from common.label_noise import LEFT_OUT, leave_out_doubted, mend, true_label_chances
 from label_errors import find_fixes, rate
 
 CPU = torch.device("cpu")
@@ -24,8 +24,8 @@ def noisy_set(counts=(4000, 400, 200), wrong=(0.01, 0.05, 0.25), seed=0):
     given = np.repeat(np.arange(3), counts)
     flipped = generator.random(len(given)) < np.array(wrong)[given]
     true = np.where(flipped, (given + generator.integers(1, 3, len(given))) % 3, given)
-    # 2 times these are the log-likelihoods: 3 / 1.22 ** 2 = 2
-    logits = 3 * np.eye(3)[true] + generator.normal(0, 1.22, (len(given), 3))
+    # 1.5 times these are the log-likelihoods: 3 / 1.41 ** 2 = 1.5
+    logits = 3 * np.eye(3)[true] + generator.normal(0, 1.41, (len(given), 3))
     return torch.from_numpy(given), torch.from_numpy(true), torch.from_numpy(logits)
 
 
@@ -34,7 +34,7 @@ def test_chances_are_bayes_rule_with_the_table_that_they_sum_up_to():
     chances = true_label_chances(logits, given)
     assert torch.allclose(chances.sum(dim=1), torch.ones(len(given), dtype=torch.float64))
     table = torch.stack([chances[given == label].sum(dim=0) for label in range(3)])
-    expected = (2 * logits).softmax(dim=1) * table[given]
+    expected = (1.5 * logits).softmax(dim=1) * table[given]
     expected /= expected.sum(dim=1, keepdim=True)
     assert torch.allclose(chances, expected, atol=1e-3)  # a fixed point
 
@@ -50,13 +50,28 @@ def test_wrong_labels_are_found_better_than_by_the_judges_own_probabilities():
     assert doubted[wrong].double().mean() > 0.6
 
 
-def test_a_class_that_is_wholly_doubted_is_kept():
-    given = torch.tensor([0] * 20 + [2] * 3)
-    logits = torch.tensor([[8.0, 0.0, 0.0]]).repeat(23, 1)
-    logits[5] = torch.tensor([0.0, 8.0, 0.0])
-    given[6:10] = 1
-    trusted = find_trusted(logits, given)
-    assert {20, 21, 22} <= set(trusted.tolist())
+def test_doubted_labels_are_left_out_but_a_class_wholly_doubted_is_kept():
+    given, _, logits = noisy_set()
+    learnt = leave_out_doubted(logits, given)
+    doubted = true_label_chances(logits, given).argmax(dim=1) != given
+    assert torch.equal(learnt == LEFT_OUT, doubted)
+    assert torch.equal(learnt[~doubted], given[~doubted])
+    logits[given == 2] = torch.tensor([8.0, 0.0, 0.0], dtype=torch.float64)
+    assert (leave_out_doubted(logits, given)[given == 2] == 2).all()
+
+
+def test_mend_takes_sure_labels_and_keeps_out_what_was_out():
+    given, true, logits = noisy_set()
+    chances = true_label_chances(logits, given)
+    learnt = given.clone()
+    learnt[:500] = LEFT_OUT
+    mended = mend(logits, given, learnt)
+    sure = chances.max(dim=1).values > 0.9
+    assert torch.equal(mended[sure], chances.argmax(dim=1)[sure])
+    assert (mended[:500][~sure[:500]] == LEFT_OUT).all()
+    assert ((mended == given) | (mended == LEFT_OUT))[~sure].all()
+    changed = (mended != given) & (mended != LEFT_OUT)
+    assert (mended == true)[changed].double().mean() > 0.9
 
 
 def test_fixes_are_ranked_as_cleanlab_ranks_them():

@@ -71,7 +71,13 @@ def test_kept_memory_changes_no_result(train):
 
 
 def test_a_run_that_goes_on_from_a_state_ends_like_one_that_never_stopped(train):
-    mixing = {"sampler": "weighted", "mixup": 0.5, "check_labels_at": 0.5}
+    mixing = {
+        "network": "BestNet",
+        "sampler": "weighted",
+        "mixup": 0.5,
+        "check_labels_at": 0.5,
+        "average_weights": 0.9,
+    }
     for changes in ({"sampler": "strict"}, mixing):
         recipe = replace(QUICK, epochs=4, plain_share=0.5, schedule="one-cycle", **changes)
         whole = fit(recipe, train, 0, CPU)
