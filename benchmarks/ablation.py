@@ -30,11 +30,14 @@ FOLDS = 3
 LEFT_OUT = {
     "flips and shifts": {"plain_share": 1.0},
     "changed colours": {"colour_change": 0.0},
+    "squares cut out": {"cutout": 0},
     "mixup": {"mixup": 0.0},
     "one cycle of the rate": {"schedule": "steps"},
-    "draws by root of size": {"balance": 1.0, "adjust_logits": False},
+    "draws by root of size": {"balance": 1.0, "adjust_logits": 0.0},
     "weight decay": {"weight_decay": 0.0},
-    "check of the labels": {"check_labels_at": 1.0},
+    "judges of the labels": {"judge_epochs": 0},
+    "its own check of the labels": {"check_labels_at": 1.0},
+    "average of weights": {"average_weights": 0.0},
     "mirror image at the end": {"average_flips": False},
 }
 

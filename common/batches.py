@@ -93,6 +93,27 @@ def change_colours(pictures: Tensor, strength: float) -> Tensor:
     return ((pictures - grey) * contrast + (grey * balance + brightness)).clamp_(0, 1)
 
 
+def cut_out(pictures: Tensor, size: int) -> Tensor:
+    """Paint a square of each picture grey, so that no single detail decides.
+
+    DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout"
+    (2017). Squares at the edge stick out of the picture.
+
+    Args:
+        pictures: float in [0, 1], [B, 3, 32, 32].
+        size: of the square's sides, in pixels.
+    """
+    count, _, height, width = pictures.shape
+    rows, columns = (
+        torch.arange(side, device=pictures.device)
+        - torch.randint(1 - size // 2, side + 1 - size // 2, (count, 1), device=pictures.device)
+        for side in (height, width)
+    )
+    inside_rows, inside_columns = ((place >= 0) & (place < size) for place in (rows, columns))
+    square = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    return pictures.masked_fill(square, 0.5)
+
+
 def mix_up(pictures: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Blend each picture, and its target, with those of another of the batch.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common import machine
 from common.batches import (
     change_colours,
+    cut_out,
     flip_and_shift,
     least_sampled,
     mix_up,
@@ -47,10 +48,12 @@ class Recipe:
         class_weights: how often each class is drawn, relative to others; of `weighted` only.
         balance: of `weighted` only. 1 draws the classes as class_weights say, 0 in the set's own
             shares, 0.5 in the ratio of the square roots of their sizes.
-        adjust_logits: adds the log of each class's share in the draws to its logit in training,
-            so that without it the net is fair to classes that are drawn less (Menon et al., 2021).
+        adjust_logits: adds so many times the log of each class's share in the draws to its logit
+            in training, so that without it the net is fair to classes that are drawn less (Menon
+            et al., 2021). 0 for nothing; more than 1 favours them, as they are learnt less well.
         plain_share: share of the epochs before pictures are altered; 1 for never.
         colour_change: how much brightness, contrast and colours are altered, 0 to 1.
+        cutout: sides, in pixels, of the square of each picture that is painted grey; 0 for none.
         mixup: alpha of mixup; 0 for none.
         judge_epochs: before the training, nets of the course's kind are trained for so many
             epochs on parts of the set, and each judges the labels of the part left out; what they
@@ -76,9 +79,10 @@ class Recipe:
     sampler: str = "shuffled"
     class_weights: tuple[float, ...] = (1.0,) * len(CLASS_NAMES)
     balance: float = 1.0
-    adjust_logits: bool = False
+    adjust_logits: float = 0.0
     plain_share: float = 1.0
     colour_change: float = 0.0
+    cutout: int = 0
     mixup: float = 0.0
     judge_epochs: int = 0
     check_labels_at: float = 1.0
@@ -183,7 +187,7 @@ class Trainer:
         kept = labels[labels != LEFT_OUT]
         self.sampler = make_sampler(self.recipe, kept)
         prior = drawn_shares(self.recipe, kept).float().to(self.device)
-        self.log_prior = prior.log() if self.recipe.adjust_logits else 0.0
+        self.log_prior = self.recipe.adjust_logits * prior.log()
 
     def _check_labels(self) -> None:
         recipe, given = self.recipe, self.train.labels
@@ -234,6 +238,8 @@ class Trainer:
         pictures = as_input(pictures)
         if recipe.colour_change:
             pictures = change_colours(pictures, recipe.colour_change)
+        if recipe.cutout:
+            pictures = cut_out(pictures, recipe.cutout)
         if recipe.mixup:
             targets = F.one_hot(targets, len(CLASS_NAMES)).float()
             pictures, targets = mix_up(pictures, targets, recipe.mixup)

@@ -7,6 +7,7 @@ from scipy.stats import chisquare
 
 from common.batches import (
     change_colours,
+    cut_out,
     flip_and_shift,
     least_sampled,
     mix_up,
@@ -109,6 +110,21 @@ def test_change_colours_changes_contrast_within_its_bounds_and_keeps_the_range()
     ratio = changed.std(dim=(2, 3)) / pictures.std(dim=(2, 3))  # contrast, but for clipping
     assert 0.6 < ratio.min() < 0.8 < 1.2 < ratio.max() < 1.31
     assert torch.allclose(change_colours(pictures, 0.0), pictures, atol=1e-6)
+
+
+def test_cut_out_paints_one_grey_square_a_picture_that_may_stick_out():
+    torch.manual_seed(0)
+    pictures = torch.rand(500, 3, 32, 32) / 3
+    cut = cut_out(pictures, 10)
+    painted = (cut != pictures).all(dim=1)
+    assert torch.equal(cut.where(~painted[:, None], 0.5), cut)
+    assert torch.equal(cut.where(painted[:, None], pictures), cut)
+    rows, columns = painted.any(dim=2).sum(dim=1), painted.any(dim=1).sum(dim=1)
+    assert torch.equal(painted.sum(dim=(1, 2)), rows * columns)
+    assert rows.max() == columns.max() == 10
+    assert rows.min() == columns.min() == 5
+    assert painted[:, 0].any()
+    assert painted[:, 31].any()
 
 
 def test_mix_up_blends_pictures_and_targets_alike():
