@@ -20,12 +20,12 @@ from torch import Tensor
 from common import console, figures, machine
 from common.dataset import CLASS_NAMES, PARTS, Dataset, describe, open_source
 from common.label_fixes import LabelFix, format_fixes
-from common.label_noise import LEFT_OUT, leave_out_doubted, true_label_chances
+from common.label_noise import LEFT_OUT, fit_sharpness, leave_out_doubted, true_label_chances
 from common.results import Results
-from common.trainer import Recipe, judge, judge_by_folds, judge_of
+from common.trainer import Recipe, judge, judge_by_folds
 from training import BEST, with_epochs
 
-RECIPE = replace(BEST, name="label-errors", epochs=20)
+RECIPE = replace(BEST, name="label-errors", epochs=18)
 DEV_NETS = 2
 ROWS_SHOWN = 12  # of the ranked table at the terminal
 
@@ -41,9 +41,9 @@ def judge_all(
     Args:
         judged: the training set itself, or dev: that by the mean of a few nets.
     """
-    logits = judge_by_folds(judge_of(recipe), train, seed, device)
+    logits = judge_by_folds(recipe.judge, train, seed, device)
     trusted = leave_out_doubted(logits, train.labels) != LEFT_OUT
-    recipe = replace(recipe, judge_epochs=0)
+    recipe = replace(recipe, judge=None)
     if judged is train:
         return judge_by_folds(recipe, train, seed, device, trusted)
     learnt = train.take(torch.nonzero(trusted).flatten())
@@ -57,7 +57,8 @@ def find_fixes(dataset: Dataset, logits: Tensor) -> list[LabelFix]:
     cleanlab (Northcutt et al., "Confident learning", 2021) judges and ranks, by the chances of
     each picture's true label.
     """
-    chances = true_label_chances(logits, dataset.labels).numpy()
+    sharpness = fit_sharpness(logits, dataset.labels)
+    chances = true_label_chances(logits, dataset.labels, sharpness).numpy()
     ranked = find_label_issues(
         dataset.labels.numpy(),
         chances,

@@ -71,8 +71,9 @@ PRE_TRAINED = replace(NAIVE, name="pre_trained", epochs=1, learning_rate=1e-4)
 TUNED = replace(
     NAIVE,
     name="tuned",
-    epochs=60,
-    learning_rate=2e-3,
+    epochs=48,
+    batch_size=256,
+    learning_rate=3e-3,
     schedule="one-cycle",
     sampler="weighted",
     balance=0.5,
@@ -86,14 +87,15 @@ BEST = replace(
     TUNED,
     name="best",
     network="BestNet",
-    epochs=100,
+    epochs=80,
+    batch_size=128,
     learning_rate=5e-3,
     weight_decay=0.05,
     decoupled=True,
     adjust_logits=1.2,
     colour_change=0.4,
     cutout=10,
-    judge_epochs=30,
+    judge=replace(TUNED, name="judge", epochs=30),
     check_labels_at=0.25,
     average_weights=0.995,
 )
@@ -386,7 +388,8 @@ def show_mismatch(net: nn.Module, dev: Dataset, seed: int) -> dict[str, Any]:
 
 def with_epochs(recipe: Recipe, epochs: int | None, quick: bool) -> Recipe:
     """Return the recipe with as many epochs as asked for; without that, its own, or 2 if quick."""
-    return replace(recipe, epochs=epochs or (2 if quick else recipe.epochs))
+    judge = with_epochs(recipe.judge, None, quick) if recipe.judge else None
+    return replace(recipe, epochs=epochs or (2 if quick else recipe.epochs), judge=judge)
 
 
 def load_or_train(

@@ -35,7 +35,7 @@ LEFT_OUT = {
     "one cycle of the rate": {"schedule": "steps"},
     "draws by root of size": {"balance": 1.0, "adjust_logits": 0.0},
     "weight decay": {"weight_decay": 0.0},
-    "judges of the labels": {"judge_epochs": 0},
+    "judges of the labels": {"judge": None},
     "its own check of the labels": {"check_labels_at": 1.0},
     "average of weights": {"average_weights": 0.0},
     "mirror image at the end": {"average_flips": False},

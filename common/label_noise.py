@@ -10,13 +10,16 @@ from torch import Tensor
 
 from common.dataset import CLASS_NAMES
 
-SHARPNESS = 1.5  # nets trained with mixup are too modest: their logits are multiplied by this
+# Nets trained with mixup are too modest: their logits are multiplied by this. For nets that have
+# not learnt the labels that they judge, it can be estimated; else this value is a careful one.
+SHARPNESS = 1.5
+SHARPNESSES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 ROUNDS = 50  # of the estimate; it settles long before
 SURE = 0.9  # chance of a label from which on it may take the place of another
 LEFT_OUT = -1  # in place of a label that is not to be learnt from
 
 
-def true_label_chances(logits: Tensor, labels: Tensor) -> Tensor:
+def true_label_chances(logits: Tensor, labels: Tensor, sharpness: float = SHARPNESS) -> Tensor:
     """Return the chance of each class to be a picture's true label, [N, C].
 
     Expectation-maximisation, as Dawid and Skene (1979) did for doctors who disagree: from a
@@ -26,8 +29,22 @@ def true_label_chances(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: [N, C], of nets to which all classes are alike beforehand.
         labels: as given, int64 [N].
+        sharpness: what the logits are multiplied with.
     """
-    likelihood = (SHARPNESS * logits.double()).softmax(dim=1)
+    return _estimate(logits, labels, sharpness)[0]
+
+
+def fit_sharpness(logits: Tensor, labels: Tensor) -> float:
+    """Return the sharpness with which the given labels are the least surprising.
+
+    Only for logits of nets that have not learnt these labels.
+    """
+    return max(SHARPNESSES, key=lambda sharpness: _estimate(logits, labels, sharpness)[1])
+
+
+def _estimate(logits: Tensor, labels: Tensor, sharpness: float) -> tuple[Tensor, float]:
+    """Return the chances, and the mean log of the chance of each given label."""
+    likelihood = (sharpness * logits.double()).softmax(dim=1)
     classes = len(CLASS_NAMES)
     counts = torch.bincount(labels, minlength=classes).double()
     table = counts[:, None] * (0.9 * torch.eye(classes) + 0.1 / classes)
@@ -35,7 +52,9 @@ def true_label_chances(logits: Tensor, labels: Tensor) -> Tensor:
         chances = likelihood * table[labels]
         chances /= chances.sum(dim=1, keepdim=True)
         table = torch.zeros_like(table).index_add_(0, labels, chances)
-    return chances
+    of_each_label = likelihood @ table.T
+    of_given = of_each_label.gather(1, labels[:, None])[:, 0] / of_each_label.sum(dim=1)
+    return chances, of_given.log().mean().item()
 
 
 def leave_out_doubted(logits: Tensor, labels: Tensor) -> Tensor:

@@ -55,9 +55,9 @@ class Recipe:
         colour_change: how much brightness, contrast and colours are altered, 0 to 1.
         cutout: sides, in pixels, of the square of each picture that is painted grey; 0 for none.
         mixup: alpha of mixup; 0 for none.
-        judge_epochs: before the training, nets of the course's kind are trained for so many
-            epochs on parts of the set, and each judges the labels of the part left out; what they
-            find more likely wrong than right is not learnt from. 0 for no judges.
+        judge: before the training, nets are trained by this recipe on parts of the set, and each
+            judges the labels of the part left out; what they find more likely wrong than right
+            is not learnt from. None for no judges.
         check_labels_at: when this share of the epochs is over, the net judges the labels itself:
             those that it is sure are wrong are mended, other doubtful ones left out; 1 for never.
         average_weights: the net that counts is a moving average of the weights; each step keeps
@@ -84,7 +84,7 @@ class Recipe:
     colour_change: float = 0.0
     cutout: int = 0
     mixup: float = 0.0
-    judge_epochs: int = 0
+    judge: "Recipe | None" = None
     check_labels_at: float = 1.0
     average_weights: float = 0.0
     average_flips: bool = False
@@ -176,6 +176,7 @@ class Trainer:
         self.training_net = build_network(recipe.network, average_flips=recipe.average_flips)
         self.training_net.to(device).train()
         self.net = copy.deepcopy(self.training_net).eval()
+        self.values = list(zip(_values(self.net), _values(self.training_net), strict=True))
         self.optimizer = make_optimizer(self.training_net, recipe)
         self.train, self.device, self.pictures = train, device, train.pictures.to(device)
         self._learn_from(train.labels)
@@ -191,8 +192,8 @@ class Trainer:
 
     def _check_labels(self) -> None:
         recipe, given = self.recipe, self.train.labels
-        if self.epoch == 0 and recipe.judge_epochs > 0:
-            logits = judge_by_folds(judge_of(recipe), self.train, self.seed, self.device)
+        if self.epoch == 0 and recipe.judge:
+            logits = judge_by_folds(recipe.judge, self.train, self.seed, self.device)
             self._learn_from(leave_out_doubted(logits, given))
         if self.epoch == round(recipe.check_labels_at * recipe.epochs):
             with fast_precision(self.device):
@@ -226,7 +227,7 @@ class Trainer:
 
     def _keep(self, share: float) -> None:
         """Move the net to the one in training, but for this share of what it is."""
-        for mine, theirs in zip(_values(self.net), _values(self.training_net), strict=True):
+        for mine, theirs in self.values:
             mine.lerp_(theirs, 1 - share)
 
     def _prepare(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,18 +299,6 @@ def fit(
 # An even number of folds keeps two cores busy to the end; more of them leave each net more to
 # learn from, but take longer.
 FOLDS = 4
-
-
-def judge_of(recipe: Recipe) -> Recipe:
-    """Return how the judges of a recipe's labels are trained."""
-    return replace(
-        recipe,
-        name="judge",
-        network="CourseNet",
-        epochs=recipe.judge_epochs,
-        judge_epochs=0,
-        check_labels_at=1.0,
-    )
 
 
 def judge(

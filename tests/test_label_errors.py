@@ -12,7 +12,7 @@ import label_errors
 from common import trainer
 from common.console import UserError
 from common.label_fixes import LabelFix, format_fixes, read_fixes, with_fixes
-from common.label_noise import LEFT_OUT, leave_out_doubted, mend, true_label_chances
+from common.label_noise import LEFT_OUT, fit_sharpness, leave_out_doubted, mend, true_label_chances
 from label_errors import find_fixes, rate
 
 CPU = torch.device("cpu")
@@ -37,6 +37,12 @@ def test_chances_are_bayes_rule_with_the_table_that_they_sum_up_to():
     expected = (1.5 * logits).softmax(dim=1) * table[given]
     expected /= expected.sum(dim=1, keepdim=True)
     assert torch.allclose(chances, expected, atol=1e-3)  # a fixed point
+
+
+def test_sharpness_is_recovered():
+    given, _, logits = noisy_set()
+    for modesty in (0.6, 1.0):  # logits divided by it must be multiplied by it again
+        assert fit_sharpness(logits / modesty, given) == pytest.approx(1.5 * modesty, rel=0.2)
 
 
 def test_wrong_labels_are_found_better_than_by_the_judges_own_probabilities():
@@ -78,7 +84,7 @@ def test_fixes_are_ranked_as_cleanlab_ranks_them():
     given, _, logits = noisy_set()
     dataset = replace(make_dataset(), labels=given, pictures=torch.zeros(len(given), 3, 1, 1))
     fixes = find_fixes(dataset, logits)
-    chances = true_label_chances(logits, given).numpy()
+    chances = true_label_chances(logits, given, fit_sharpness(logits, given)).numpy()
     quality = get_label_quality_scores(given.numpy(), chances, method="self_confidence")
     ranks = [quality[fix.index] for fix in fixes]
     assert ranks == sorted(ranks)
