@@ -9,6 +9,7 @@ the report went along, so that REPORT_RECIPES reads as its story.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -445,7 +446,11 @@ def train_recipes(
     resume: bool,
 ) -> None:
     """Train recipes and write, draw and print all that came out."""
-    runs = list(train_all(recipes, seeds, results, train, dev, device, resume))
+    try:
+        runs = list(train_all(recipes, seeds, results, train, dev, device, resume))
+    except KeyboardInterrupt:
+        print("\nthe same command with --resume goes on where this one stops", file=sys.stderr)
+        raise
     summaries = {}
     for recipe in recipes:
         summaries[recipe.name] = summarise([run for run in runs if run.recipe == recipe])

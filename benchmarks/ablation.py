@@ -43,11 +43,15 @@ LEFT_OUT = {
 
 
 def variants_of(recipe: Recipe) -> dict[str, Recipe]:
-    """Return the recipe whole, and without each ingredient that it has."""
+    """Return the recipe whole, and without each of its ingredients.
+
+    Of `best`, only what it adds to `tuned`: the rest stands in the table of that.
+    """
     variants = {"all": recipe}
     for ingredient, settings in LEFT_OUT.items():
         without = replace(recipe, **settings)
-        if without != recipe:
+        adds = recipe.name == TUNED.name or replace(TUNED, **settings) == TUNED
+        if without != recipe and adds:
             variants[f"without {ingredient}"] = without
     return variants
 

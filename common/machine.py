@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import parent_process
 from typing import Any
 
 import joblib
@@ -48,11 +49,15 @@ def side_by_side(
 ) -> Iterator[Any]:
     """Call `function(*job)` for each job, in parallel processes where cores allow.
 
-    Each process gets its share of the cores as threads. On a GPU the jobs go one by one.
+    Each process gets its share of the cores as threads. On a GPU, and within such a process, the
+    jobs go one by one.
 
     Yields:
         the results, in the order of the jobs, as soon as they are there.
     """
+    if parent_process() is not None:
+        yield from (function(*job) for job in jobs)
+        return
     workers = min(len(jobs), joblib.cpu_count()) if device.type == "cpu" else 1
     threads = joblib.cpu_count() // workers
     if workers == 1:

@@ -173,3 +173,28 @@ def test_the_reports_net_gives_the_reports_two_rows():
         scores = evaluate(net, dev)
         ours = (scores["accuracy"], scores["balanced_accuracy"], scores["g_mean"])
         assert ours == pytest.approx(row, abs=0.0005)
+
+
+def test_best_net_is_small_and_its_checkpoint_rebuilds_it(tmp_path):
+    torch.manual_seed(0)
+    net = build_network("BestNet", average_flips=True)
+    assert sum(weight.numel() for weight in net.parameters()) == 291_795
+    net(torch.rand(8, 3, 32, 32))  # moves the statistics of batch normalisation
+    save_checkpoint(tmp_path / "net.ckpt", net.eval(), {"seed": 0})
+    again, about = load_checkpoint(tmp_path / "net.ckpt")
+    pictures = torch.rand(4, 3, 32, 32)
+    assert torch.equal(net(pictures), again(pictures))
+    assert about == {"seed": 0}
+    assert (tmp_path / "net.ckpt").stat().st_size < 4e6
+
+
+def test_average_flips_gives_mirror_images_the_same_logits_once_trained():
+    torch.manual_seed(0)
+    net, pictures = build_network(average_flips=True).eval(), torch.rand(4, 3, 32, 32)
+    assert torch.allclose(net(pictures), net(pictures.flip(-1)), atol=1e-6)
+    plain = build_network().eval()
+    plain.load_state_dict(net.state_dict())
+    expected = (plain(pictures) + plain(pictures.flip(-1))) / 2
+    assert torch.allclose(net(pictures), expected, atol=1e-6)
+    net.train().dropout.p = plain.dropout.p = 0.0
+    assert torch.allclose(net(pictures), plain(pictures), atol=1e-6)

@@ -123,3 +123,40 @@ def test_adjusted_logits_make_the_loss_that_of_the_drawn_shares(train):
     expected = nn.functional.cross_entropy(net(pictures) + prior, train.labels).item()
     loss = train_step(net, optimizer, pictures, train.labels, prior)
     assert loss == pytest.approx(expected, rel=0.02)
+
+
+def sure_logits(labels):
+    return 9 * nn.functional.one_hot(labels, 3).float()
+
+
+def test_what_judges_doubt_is_not_learnt_from(train, monkeypatch):
+    logits = sure_logits(train.labels)
+    logits[:2] = sure_logits((train.labels[:2] + 1) % 3)
+    monkeypatch.setattr(trainer, "judge_by_folds", lambda *settings: logits)
+    judged = Trainer(replace(QUICK, sampler="weighted", judge=QUICK), train, 0, CPU)
+    judged.run_epoch()
+    assert judged.labels.tolist() == [-1, -1, *train.labels[2:].tolist()]
+    assert not {0, 1} & set(torch.cat([judged._draw_epoch() for _ in range(20)]).tolist())
+
+
+def test_the_nets_own_check_mends_labels_in_the_middle_of_the_run(train, monkeypatch):
+    truth = train.labels.clone()
+    truth[:2] = (truth[:2] + 1) % 3
+    monkeypatch.setattr(trainer, "predict_logits", lambda *settings: sure_logits(truth))
+    checked = Trainer(replace(QUICK, epochs=4, check_labels_at=0.5), train, 0, CPU)
+    for _ in range(2):
+        checked.run_epoch()
+        assert torch.equal(checked.labels, train.labels)
+    checked.run_epoch()
+    assert torch.equal(checked.labels, truth)
+
+
+def test_the_net_is_the_average_that_the_recipe_asks_for(train):
+    averaged = Trainer(replace(QUICK, batch_size=60, average_weights=0.5), train, 0, CPU)
+    start = averaged.net.fc3.bias.clone()
+    averaged.run_epoch()  # of one step, of which the average keeps 1 / (1 + 10)
+    expected = start / 11 + averaged.training_net.fc3.bias.detach() * 10 / 11
+    assert torch.allclose(averaged.net.fc3.bias, expected, atol=1e-6)
+    last = Trainer(QUICK, train, 0, CPU)
+    last.run_epoch()
+    assert torch.equal(last.net.fc3.bias, last.training_net.fc3.bias)
