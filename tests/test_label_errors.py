@@ -80,7 +80,7 @@ def test_mend_takes_sure_labels_and_keeps_out_what_was_out():
     assert (mended == true)[changed].double().mean() > 0.9
 
 
-def test_fixes_are_ranked_as_cleanlab_ranks_them():
+def test_fixes_are_ranked_and_those_more_likely_wrong_than_right_accepted():
     given, _, logits = noisy_set()
     dataset = replace(make_dataset(), labels=given, pictures=torch.zeros(len(given), 3, 1, 1))
     fixes = find_fixes(dataset, logits)
@@ -88,9 +88,12 @@ def test_fixes_are_ranked_as_cleanlab_ranks_them():
     quality = get_label_quality_scores(given.numpy(), chances, method="self_confidence")
     ranks = [quality[fix.index] for fix in fixes]
     assert ranks == sorted(ranks)
+    assert {fix.index for fix in fixes} == set(np.flatnonzero(quality < 0.65))
+    assert {True, False} == {fix.accept for fix in fixes}
     for fix in fixes:
         assert fix.given == given[fix.index] != fix.suggested
-        assert fix.confidence == chances[fix.index].max()
+        assert fix.confidence == chances[fix.index, fix.suggested]
+        assert fix.accept == (quality[fix.index] < 0.5)
 
 
 def test_rates_of_a_hand_worked_example():
