@@ -10,6 +10,7 @@ report: .venv/installed
 	@touch .venv/report-started
 	$(BIN)/python inspectData.py --data $(DATA)
 	$(BIN)/python evaluation.py --data $(DATA)
+	$(BIN)/python label_errors.py --data $(DATA)
 	$(BIN)/python training.py --data $(DATA) --recipe all
 	$(BIN)/python training.py --data $(DATA) --show-mismatch
 	$(BIN)/python lr_analysis.py --data $(DATA)

@@ -1,10 +1,11 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_confusion
+from conftest import COURSE_DATA, random_confusion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from imblearn.metrics import geometric_mean_score
@@ -12,6 +13,8 @@ from scipy.stats import binom
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_score, recall_score
 
 import evaluation
+import training
+from common.dataset import open_source
 from common.network import build_network, save_checkpoint
 from evaluation import bootstrap_intervals, evaluate_predictions, scores_of
 
@@ -137,6 +140,19 @@ def test_the_shipped_pre_trained_net_says_car_to_everything(dev):
     assert scores["recall"] == {"car": 1.0, "truck": 0.0, "cat": 0.0}
     assert about["recipe"]["name"] == "pre_trained"
     assert about["trained_on"]["source"] == "sketches"
+
+
+@pytest.mark.parametrize(("name", "g_mean"), [("tuned", 0.797), ("best", 0.910)])
+def test_the_shipped_nets_are_small_and_carry_their_recipe(name, g_mean):
+    path = evaluation.PRE_TRAINED.parent / f"{name}.ckpt"
+    net, about = evaluation.load_checkpoint(path)
+    assert path.stat().st_size < 4e6
+    recipe = training.RECIPES[name]
+    assert about["recipe"] == asdict(recipe)
+    assert type(net).__name__ == recipe.network
+    if COURSE_DATA.is_dir():
+        dev = open_source(str(COURSE_DATA)).load("dev")
+        assert evaluation.evaluate(net, dev)["g_mean"] == pytest.approx(g_mean, abs=0.002)
 
 
 def test_their_numbers_stand_beside_the_pre_trained_net_on_dev_only(
