@@ -88,12 +88,12 @@ def test_fixes_are_ranked_and_those_more_likely_wrong_than_right_accepted():
     quality = get_label_quality_scores(given.numpy(), chances, method="self_confidence")
     ranks = [quality[fix.index] for fix in fixes]
     assert ranks == sorted(ranks)
-    assert {fix.index for fix in fixes} == set(np.flatnonzero(quality < 0.65))
+    assert {fix.index for fix in fixes} == set(np.flatnonzero(quality < 0.8))
     assert {True, False} == {fix.accept for fix in fixes}
     for fix in fixes:
         assert fix.given == given[fix.index] != fix.suggested
         assert fix.confidence == chances[fix.index, fix.suggested]
-        assert fix.accept == (quality[fix.index] < 0.5)
+        assert fix.accept == (quality[fix.index] < 0.65)
 
 
 def test_rates_of_a_hand_worked_example():
@@ -102,7 +102,7 @@ def test_rates_of_a_hand_worked_example():
     fixes = [LabelFix(1, 0, 1, 0.9), LabelFix(3, 0, 1, 0.8), LabelFix(5, 2, 1, 0.7)]
     rated = rate(dataset, fixes)
     assert rated["car"] == {
-        "wrong": 2, "doubted": 2, "recall": 0.5, "precision": 0.5, "suggestion_right": 1.0
+        "wrong": 2, "accepted": 2, "recall": 0.5, "precision": 0.5, "suggestion_right": 1.0
     }  # fmt: skip
     assert rated["all"]["recall"] == pytest.approx(2 / 3)
     assert rated["all"]["suggestion_right"] == 0.5

@@ -11,11 +11,12 @@ from conftest import make_dataset, write_course_pickle
 import adversarial
 import evaluation
 import inspectData
+import label_errors
 import lr_analysis
 import training
 from common import console, machine, results
 
-SCRIPTS = [inspectData, evaluation, training, lr_analysis, adversarial]
+SCRIPTS = [inspectData, evaluation, training, label_errors, lr_analysis, adversarial]
 NAMES = [script.__name__ for script in SCRIPTS]
 
 
@@ -39,7 +40,11 @@ def test_imports_run_one_way_only():
         assert not imports_of(path) & set(NAMES), path.name
     assert not imports_of(console.PROJECT / "evaluation.py") & {"training", "adversarial"}
     assert not imports_of(console.PROJECT / "inspectData.py") & set(NAMES)
-    assert not imports_of(console.PROJECT / "training.py") & {"lr_analysis", "adversarial"}
+    assert not imports_of(console.PROJECT / "training.py") & {
+        "lr_analysis",
+        "label_errors",
+        "adversarial",
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
