@@ -91,7 +91,7 @@ BEST = replace(
     TUNED,
     name="best",
     network="BestNet",
-    epochs=80,
+    epochs=40,
     batch_size=128,
     learning_rate=5e-3,
     weight_decay=0.05,
@@ -100,7 +100,7 @@ BEST = replace(
     colour_change=0.4,
     cutout=10,
     judge=replace(TUNED, name="judge", epochs=30),
-    check_labels_at=0.25,
+    check_labels_at=(0.25,),
     average_weights=0.995,
 )
 RECIPES = REPORT_RECIPES | {recipe.name: recipe for recipe in (PRE_TRAINED, TUNED, BEST)}

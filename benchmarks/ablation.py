@@ -36,7 +36,7 @@ LEFT_OUT = {
     "draws by root of size": {"balance": 1.0, "adjust_logits": 0.0},
     "weight decay": {"weight_decay": 0.0},
     "judges of the labels": {"judge": None},
-    "its own check of the labels": {"check_labels_at": 1.0},
+    "its own check of the labels": {"check_labels_at": ()},
     "average of weights": {"average_weights": 0.0},
     "mirror image at the end": {"average_flips": False},
 }

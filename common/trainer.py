@@ -58,8 +58,8 @@ class Recipe:
         judge: before the training, nets are trained by this recipe on parts of the set, and each
             judges the labels of the part left out; what they find more likely wrong than right
             is not learnt from. None for no judges.
-        check_labels_at: when this share of the epochs is over, the net judges the labels itself:
-            those that it is sure are wrong are mended, other doubtful ones left out; 1 for never.
+        check_labels_at: when these shares of the epochs are over, the net judges the labels
+            itself: those that it is sure are wrong are mended, other doubtful ones left out.
         average_weights: the net that counts is a moving average of the weights; each step keeps
             this share of it (Polyak and Juditsky, 1992). 0 for the last weights.
         average_flips: the net, once trained, gives the mean of a picture's logits and its mirror
@@ -85,7 +85,7 @@ class Recipe:
     cutout: int = 0
     mixup: float = 0.0
     judge: "Recipe | None" = None
-    check_labels_at: float = 1.0
+    check_labels_at: tuple[float, ...] = ()
     average_weights: float = 0.0
     average_flips: bool = False
 
@@ -195,7 +195,7 @@ class Trainer:
         if self.epoch == 0 and recipe.judge:
             logits = judge_by_folds(recipe.judge, self.train, self.seed, self.device)
             self._learn_from(leave_out_doubted(logits, given))
-        if self.epoch == round(recipe.check_labels_at * recipe.epochs):
+        if self.epoch in (round(share * recipe.epochs) for share in recipe.check_labels_at):
             with fast_precision(self.device):
                 logits = predict_logits(self.net, self.pictures)
             self._learn_from(mend(logits, given, self.labels.cpu()))

@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_from_a_state_ends_like_one_that_never_stopped(train)
         "network": "BestNet",
         "sampler": "weighted",
         "mixup": 0.5,
-        "check_labels_at": 0.5,
+        "check_labels_at": (0.5,),
         "average_weights": 0.9,
     }
     for changes in ({"sampler": "strict"}, mixing):
@@ -143,7 +143,7 @@ def test_the_nets_own_check_mends_labels_in_the_middle_of_the_run(train, monkeyp
     truth = train.labels.clone()
     truth[:2] = (truth[:2] + 1) % 3
     monkeypatch.setattr(trainer, "predict_logits", lambda *settings: sure_logits(truth))
-    checked = Trainer(replace(QUICK, epochs=4, check_labels_at=0.5), train, 0, CPU)
+    checked = Trainer(replace(QUICK, epochs=4, check_labels_at=(0.5,)), train, 0, CPU)
     for _ in range(2):
         checked.run_epoch()
         assert torch.equal(checked.labels, train.labels)
