@@ -189,9 +189,7 @@ def test_mismatch_shows_two_ranges_of_one_net(run_script, course_folder, tmp_pat
         scores = training.evaluate(fed, dev)
         assert numbers[which]["confusion"] == scores["confusion"], logits
     assert not torch.equal(predict_logits(net, dev.pictures), predict_logits(other, dev.pictures))
-    assert numbers["checkpoint"] == {"file": "final.ckpt", **about} | {
-        "recipe": {**about["recipe"], "class_weights": [1.0, 1.0, 1.0]}
-    }
+    assert numbers["checkpoint"] == json.loads(json.dumps({"file": "final.ckpt", **about}))
     assert "training recipe final" not in run_script(training, *options, "--show-mismatch")[1]
 
 
