@@ -13,17 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedKFold
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import console, machine
-from common.dataset import CLASS_NAMES, Dataset, open_source
+from common.dataset import Dataset, open_source
 from common.label_fixes import read_fixes
-from common.network import predict_logits
 from common.trainer import Recipe, fit
-from evaluation import scores_of
+from evaluation import evaluate
 from training import BEST, TUNED
 
 FOLDS = 3
@@ -62,9 +60,7 @@ def score(
     """Train on the pictures learnt; return the G-mean on those judged."""
     net = fit(recipe, train.take(torch.from_numpy(learnt)), seed, torch.device("cpu"))
     left_out = train.take(torch.from_numpy(judged))
-    predicted = predict_logits(net, left_out.pictures).argmax(dim=1)
-    labels = range(len(CLASS_NAMES))
-    return float(scores_of(confusion_matrix(left_out.labels, predicted, labels=labels))["g_mean"])
+    return evaluate(net, left_out)["g_mean"]
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def keep_freed_memory() -> None:
     """Ask the C library (glibc) to keep freed memory for reuse instead of giving it back.
 
     A training step frees and asks again for the same few megabytes. Without this, each step
-    pays for fresh pages from the kernel, a quarter of its time (benchmarks/epoch.py measures
+    pays for fresh pages from the kernel, a quarter of its time (benchmarks/speed.py measures
     it). Does nothing where the C library is another.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # numbers from glibc's malloc.h
