@@ -36,7 +36,8 @@ LEFT_OUT = {
     "judges of the labels": {"judge": None},
     "its own check of the labels": {"check_labels_at": ()},
     "average of weights": {"average_weights": 0.0},
-    "mirror image at the end": {"average_flips": False},
+    "mirror images at the end": {"average_flips": False},
+    "shifted views at the end": {"average_shifts": 0},
 }
 
 

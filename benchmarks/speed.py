@@ -49,7 +49,13 @@ SPRINT_EPOCHS = (2, 3, 4, 6, 8, 12)
 # To be quick, not good: what helps only in long runs is left out. Batch and rate were chosen on
 # folds of the training set.
 SPRINT = replace(
-    TUNED, name="sprint", mixup=0.0, colour_change=0.0, batch_size=128, learning_rate=5e-3
+    TUNED,
+    name="sprint",
+    cutout=0,
+    colour_change=0.0,
+    adjust_logits=1.0,
+    batch_size=128,
+    learning_rate=5e-3,
 )
 FLIPS_ONLY = replace(NAIVE, name="flips-only", plain_share=0.0)
 

@@ -57,15 +57,16 @@ def flip_and_shift(pictures: Tensor) -> Tensor:
     Args:
         pictures: [B, 3, 32, 32] of any type.
     """
-    count, _, height, width = pictures.shape
+    count, channels, height, width = pictures.shape
     device = pictures.device
     down, right = torch.randint(-4, 5, (2, count, 1), device=device)
     rows = _reflect(torch.arange(height, device=device) + down, height)
     columns = _reflect(torch.arange(width, device=device) + right, width)
     mirrored = torch.rand(count, 1, device=device) < 0.5
     columns = torch.where(mirrored, width - 1 - columns, columns)
-    picture = torch.arange(count, device=device)[:, None, None]
-    return pictures[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    place = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, height * width)
+    moved = pictures.flatten(start_dim=2).gather(2, place.expand(-1, channels, -1))
+    return moved.view_as(pictures).contiguous(memory_format=torch.channels_last)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What all figures share: the colours of the classes, and sheets of small pictures."""
 
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -10,6 +11,7 @@ from torch import Tensor
 CLASS_COLOURS = ("#0072B2", "#E69F00", "#009E73")
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 CLASS_MARKERS = ("o", "s", "^")
+LETTERS_PER_COLUMN = 13  # of a contact sheet's title
 
 
 def new_figure(
@@ -37,7 +39,7 @@ def contact_sheet(
     rows = max(1, -(-len(pictures) // columns))
     columns = min(columns, max(4, len(pictures)))
     figure, axes = new_figure(rows, columns, width=1.25 * columns, height=1.45 * rows + 0.7)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, LETTERS_PER_COLUMN * columns), fontsize=11)
     for ax in axes:
         ax.axis("off")
     for ax, picture, caption in zip(axes, pictures, captions, strict=False):

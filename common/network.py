@@ -21,6 +21,7 @@ from common.dataset import CLASS_NAMES, as_input
 
 COURSE_RANGE = (-1.0, 1.0)  # the course's own pictures, and bare checkpoints, are in this range
 PREDICTION_BATCH = 500
+MOST_SHIFT = 8  # pixels; a net that looks further aside sees little of the picture
 
 
 class PixelRange(nn.Module):
@@ -39,27 +40,50 @@ class PixelRange(nn.Module):
 
 
 class Network(nn.Module):
-    """What all nets share: the pixel range, and a look at the mirror image.
+    """What all nets share: the pixel range, and several looks at a picture.
+
+    In evaluation mode a net may give the mean of the logits of several views of a picture: neither
+    which way a car drives nor where it stands makes it another thing.
 
     Args:
         pixel_range: the range that the layers behind it are trained on.
-        average_flips: in evaluation mode, give the mean of a picture's logits and its mirror
-            image's: which way a car drives does not make it another thing.
+        average_flips: look at the mirror image as well.
+        average_shifts: look at the picture moved by so many pixels up, down, left and right as
+            well; 0 for none.
     """
 
     def __init__(
-        self, pixel_range: tuple[float, float] = COURSE_RANGE, average_flips: bool = False
+        self,
+        pixel_range: tuple[float, float] = COURSE_RANGE,
+        average_flips: bool = False,
+        average_shifts: int = 0,
     ) -> None:
         super().__init__()
         self.pixel_range = PixelRange(*pixel_range)
-        self.average_flips = average_flips
+        self.average_flips, self.average_shifts = average_flips, average_shifts
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Return logits, [N, 3], of pictures, float32 [N, 3, 32, 32] in [0, 1]."""
-        pictures = self.pixel_range(pictures)
-        if self.average_flips and not self.training:
-            return (self.logits(pictures) + self.logits(pictures.flip(-1))) / 2
-        return self.logits(pictures)
+        if self.training:
+            return self.look_once(pictures)
+        return torch.stack([self.look_once(view) for view in self._views(pictures)]).mean(dim=0)
+
+    def look_once(self, pictures: Tensor) -> Tensor:
+        """Return logits, [N, 3], of pictures in [0, 1], whatever views the net averages over."""
+        return self.logits(self.pixel_range(pictures))
+
+    def _views(self, pictures: Tensor) -> list[Tensor]:
+        views, shift = [pictures], self.average_shifts
+        if shift:
+            height, width = pictures.shape[-2:]
+            padded = F.pad(pictures, [shift] * 4, mode="reflect")
+            views += [
+                padded[..., down : down + height, right : right + width]
+                for down, right in ((0, shift), (2 * shift, shift), (shift, 0), (shift, 2 * shift))
+            ]
+        if self.average_flips:
+            views += [view.flip(-1) for view in views]
+        return views
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits, [N, 3], of pictures in the pixel range."""
@@ -137,9 +161,12 @@ def build_network(
     name: str = "CourseNet",
     pixel_range: tuple[float, float] = COURSE_RANGE,
     average_flips: bool = False,
+    average_shifts: int = 0,
 ) -> nn.Module:
     """Return a new net of a kind in NETWORKS, in the memory layout that CPUs are fastest with."""
-    return NETWORKS[name](pixel_range, average_flips).to(memory_format=torch.channels_last)
+    return NETWORKS[name](pixel_range, average_flips, average_shifts).to(
+        memory_format=torch.channels_last
+    )
 
 
 def with_pixel_range(net: nn.Module, pixel_range: tuple[float, float]) -> nn.Module:
@@ -168,18 +195,20 @@ def _cpu_has_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def predict_logits(net: nn.Module, pictures: Tensor) -> Tensor:
+def predict_logits(net: nn.Module, pictures: Tensor, one_view: bool = False) -> Tensor:
     """Return the logits, [N, 3], of pictures, uint8 or in [0, 1]; without dropout.
 
-    The net's mode (training or not) is what it was before.
+    The net's mode (training or not) is what it was before. `one_view` saves the time of all
+    other views that the net averages over.
     """
+    look = net.look_once if one_view else net
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
     logits = []
     with torch.no_grad():
         for batch in pictures.split(PREDICTION_BATCH):
             batch = as_input(batch) if batch.dtype == torch.uint8 else batch
-            logits.append(net(batch.to(device)).cpu())
+            logits.append(look(batch.to(device)).cpu())
     net.train(was_training)
     return torch.cat(logits)
 
@@ -200,6 +229,7 @@ def save_checkpoint(
         "network": type(net).__name__,
         "pixel_range": (net.pixel_range.low, net.pixel_range.high),
         "average_flips": net.average_flips,
+        "average_shifts": net.average_shifts,
         "about": about,
         "training": training or {},
     }
@@ -248,6 +278,7 @@ def load_training(
         name,
         content.get("pixel_range", pixel_range or COURSE_RANGE),
         content.get("average_flips") is True,
+        _shifts_of(path, content),
     )
     weights = content["model_state_dict"]
     _check_weights(path, net, weights)
@@ -275,6 +306,14 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content.get("about", {}), dict):
         raise UserError(f"{path}: 'about' is no dict of facts about the training")
     return content
+
+
+def _shifts_of(path: Path, content: dict[str, Any]) -> int:
+    shifts = content.get("average_shifts", 0)
+    if not (isinstance(shifts, int) and 0 <= shifts <= MOST_SHIFT):
+        right = f"0 to {MOST_SHIFT} pixels"
+        raise UserError(f"{path}: average_shifts is {shifts!r}, it must be {right}")
+    return shifts
 
 
 def _are_finite(values: tuple[Any, ...]) -> bool:

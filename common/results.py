@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 
 from common.console import UserError
 
+FIGURE_DPI = 150
+
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: whole or not at all."""
@@ -101,7 +103,7 @@ class Results:
         parts = [f"{part} {facts['fingerprint']}" for part, facts in self.data["parts"].items()]
         line = f"{quick}Data: {source}{drawn}, {', '.join(parts)}"
         figure.supxlabel(line, x=0.01, ha="left", fontsize=7, color="0.4")
-        self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=150))
+        self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=FIGURE_DPI))
 
     def print_written(self) -> None:
         """Say where everything is."""

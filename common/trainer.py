@@ -12,6 +12,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
 from common import machine
+from common.attacks import change_answers
 from common.batches import (
     change_colours,
     cut_out,
@@ -55,6 +56,10 @@ class Recipe:
         colour_change: how much brightness, contrast and colours are altered, 0 to 1.
         cutout: sides, in pixels, of the square of each picture that is painted grey; 0 for none.
         mixup: alpha of mixup; 0 for none.
+        attack_epsilon: adversarial training: each picture is learnt from with and without noise
+            of this size against it, in pixel units; 0 for never.
+        trades_beta: how much it counts that the net's answer stays the same under such noise,
+            beside that it is right (beta of Zhang et al., 2019).
         judge: before the training, nets are trained by this recipe on parts of the set, and each
             judges the labels of the part left out; what they find more likely wrong than right
             is not learnt from. None for no judges.
@@ -64,6 +69,7 @@ class Recipe:
             this share of it (Polyak and Juditsky, 1992). 0 for the last weights.
         average_flips: the net, once trained, gives the mean of a picture's logits and its mirror
             image's.
+        average_shifts: and of the picture moved by so many pixels to each side; 0 for none.
     """
 
     name: str
@@ -84,10 +90,13 @@ class Recipe:
     colour_change: float = 0.0
     cutout: int = 0
     mixup: float = 0.0
+    attack_epsilon: float = 0.0
+    trades_beta: float = 0.0
     judge: "Recipe | None" = None
     check_labels_at: tuple[float, ...] = ()
     average_weights: float = 0.0
     average_flips: bool = False
+    average_shifts: int = 0
 
 
 WARM_UP = 0.1  # share of a one-cycle run in which the rate rises
@@ -134,12 +143,19 @@ def make_sampler(recipe: Recipe, labels: Tensor) -> Iterator[Tensor]:
     return shuffled(labels)
 
 
+def divergence(logits: Tensor, others: Tensor) -> Tensor:
+    """Return the mean Kullback-Leibler divergence of other answers from these, both [B, C]."""
+    return F.kl_div(others.log_softmax(dim=1), logits.softmax(dim=1), reduction="batchmean")
+
+
 def train_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     pictures: Tensor,
     targets: Tensor,
     log_prior: Tensor | float = 0.0,
+    attack_epsilon: float = 0.0,
+    trades_beta: float = 0.0,
 ) -> float:
     """Take one step on a batch; return the loss before it.
 
@@ -147,10 +163,18 @@ def train_step(
         pictures: float in [0, 1], [B, 3, 32, 32].
         targets: labels, int64 [B], or the chance of each class, float [B, C].
         log_prior: added to the logits for the loss, [C].
+        attack_epsilon: of adversarial training, in pixel units; 0 for none.
+        trades_beta: weight of the change that an attack makes to the net's answers.
     """
     with fast_precision(pictures.device):
-        logits = net(pictures)
-    loss = F.cross_entropy(logits.float() + log_prior, targets)
+        if attack_epsilon:  # in one batch, so that batch normalisation sees both at once
+            attacked = change_answers(net, pictures, attack_epsilon)
+            logits, moved = net(torch.cat([pictures, attacked])).float().chunk(2)
+        else:
+            logits = net(pictures).float()
+    loss = F.cross_entropy(logits + log_prior, targets)
+    if attack_epsilon:
+        loss = loss + trades_beta * divergence(logits, moved)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -173,8 +197,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
         self.recipe, self.seed, self.epoch, self.steps = recipe, seed, 0, 0
-        self.training_net = build_network(recipe.network, average_flips=recipe.average_flips)
-        self.training_net.to(device).train()
+        views = {"average_flips": recipe.average_flips, "average_shifts": recipe.average_shifts}
+        self.training_net = build_network(recipe.network, **views).to(device).train()
         self.net = copy.deepcopy(self.training_net).eval()
         self.values = list(zip(_values(self.net), _values(self.training_net), strict=True))
         self.optimizer = make_optimizer(self.training_net, recipe)
@@ -215,7 +239,15 @@ class Trainer:
                 group["lr"] = learning_rate_at(self.recipe, progress)
             pictures, targets = self._prepare(index)
             losses.append(
-                train_step(self.training_net, self.optimizer, pictures, targets, self.log_prior)
+                train_step(
+                    self.training_net,
+                    self.optimizer,
+                    pictures,
+                    targets,
+                    self.log_prior,
+                    self.recipe.attack_epsilon,
+                    self.recipe.trades_beta,
+                )
             )
             self.steps += 1
             if self.recipe.average_weights:  # starts with what little past there is

@@ -198,3 +198,29 @@ def test_average_flips_gives_mirror_images_the_same_logits_once_trained():
     assert torch.allclose(net(pictures), expected, atol=1e-6)
     net.train().dropout.p = plain.dropout.p = 0.0
     assert torch.allclose(net(pictures), plain(pictures), atol=1e-6)
+
+
+def test_average_shifts_is_the_mean_over_the_picture_and_its_neighbours():
+    torch.manual_seed(0)
+    net = build_network(average_flips=True, average_shifts=2).eval()
+    plain = build_network().eval()
+    plain.load_state_dict(net.state_dict())
+    pictures = torch.rand(4, 3, 32, 32)
+    views = [pictures]
+    for rows, columns in ((-2, 0), (2, 0), (0, -2), (0, 2)):
+        index = [abs(i) if i < 32 else 62 - i for i in range(-2, 34)]  # reflected at the edge
+        moved = pictures[:, :, index[2 + rows : 34 + rows]]
+        views.append(moved[:, :, :, index[2 + columns : 34 + columns]])
+    views += [view.flip(-1) for view in views]
+    expected = torch.stack([plain(view) for view in views]).mean(dim=0)
+    assert torch.allclose(net(pictures), expected, atol=1e-6)
+    assert torch.equal(predict_logits(net, pictures, one_view=True), plain(pictures).detach())
+
+
+@pytest.mark.parametrize("shifts", [-1, 9, 1.5, "2"])
+def test_checkpoint_with_strange_shifts_is_refused(tmp_path, shifts):
+    net = build_network()
+    net.average_shifts = shifts
+    save_checkpoint(tmp_path / "net.ckpt", net, {})
+    with pytest.raises(UserError, match=f"average_shifts is {shifts!r}, it must be 0 to 8"):
+        load_checkpoint(tmp_path / "net.ckpt")
