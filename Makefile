@@ -7,17 +7,7 @@ DATA = auto
 .PHONY: report test test-all lint format clean
 
 report: .venv/installed
-	@touch .venv/report-started
-	$(BIN)/python inspectData.py --data $(DATA)
-	$(BIN)/python evaluation.py --data $(DATA)
-	$(BIN)/python label_errors.py --data $(DATA)
-	$(BIN)/python training.py --data $(DATA) --recipe all
-	$(BIN)/python training.py --data $(DATA) --show-mismatch
-	$(BIN)/python lr_analysis.py --data $(DATA)
-	$(BIN)/python adversarial.py --data $(DATA)
-	@echo
-	@echo "All steps are done. Figures and numbers:"
-	@find results -type f -newer .venv/report-started | sort
+	$(BIN)/python report.py --data $(DATA)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
@@ -34,7 +24,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv results
+	rm -rf .venv results report
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

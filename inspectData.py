@@ -206,6 +206,10 @@ def inspect(dataset: Dataset) -> dict[str, Any]:
         "pictures": len(dataset),
         "shape": list(dataset.pictures.shape[1:]),
         "class_counts": dict(zip(CLASS_NAMES, dataset.class_counts, strict=True)),
+        "class_shares": {
+            name: count / len(dataset)
+            for name, count in zip(CLASS_NAMES, dataset.class_counts, strict=True)
+        },
         "even_spread_p_value": p_value,
         "mean_of_means": mean.mean().item(),
         "mean_of_stds": std.mean().item(),

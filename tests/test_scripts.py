@@ -13,10 +13,12 @@ import evaluation
 import inspectData
 import label_errors
 import lr_analysis
+import report
 import training
 from common import console, machine, results
 
-SCRIPTS = [inspectData, evaluation, training, label_errors, lr_analysis, adversarial]
+STEPS = [inspectData, evaluation, training, label_errors, lr_analysis, adversarial]
+SCRIPTS = [*STEPS, report]
 NAMES = [script.__name__ for script in SCRIPTS]
 
 
