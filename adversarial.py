@@ -105,6 +105,7 @@ def run_attacks(
         attacks.setdefault(name, []).append(Attacked(epsilon, pictures, predicted, noise))
 
     clean = weakened = as_input(dev.pictures)
+    predicted = predict_logits(net, clean).argmax(dim=1)
     pgd_steps, noise_steps = (2, 20) if quick else (PGD_STEPS, NOISE_STEPS)
     for epsilon in tqdm(epsilons, desc="epsilons", disable=None):
         torch.manual_seed(seed)
@@ -115,12 +116,13 @@ def run_attacks(
             add(name, epsilon, add_noise(clean, noise), noise)
         add("fgsm", epsilon, in_batches(fgsm, net, clean, dev.labels, epsilon=epsilon))
         # What a smaller epsilon has fooled is fooled: only the rest is attacked again.
-        left = predict_logits(net, weakened).argmax(dim=1) == dev.labels
+        left = predicted == dev.labels
         weakened = weakened.clone()
         weakened[left] = in_batches(
             pgd, net, clean[left], dev.labels[left], epsilon=epsilon, steps=pgd_steps
         )
         add("pgd", epsilon, weakened)
+        predicted = attacks["pgd"][-1].predicted
     return {name: attacks[name] for name in ATTACK_TITLES if name in attacks}
 
 
