@@ -6,11 +6,14 @@ is random follows from torch's seed.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Beta
 
 from common.dataset import CLASS_NAMES
+
+MOST_SHIFT = 4  # pixels
 
 
 def shuffled(labels: Tensor) -> Iterator[Tensor]:
@@ -48,30 +51,39 @@ def weighted(labels: Tensor, shares: Tensor) -> Iterator[Tensor]:
         yield torch.multinomial(weight_of_picture, len(labels), replacement=True)
 
 
-def flip_and_shift(pictures: Tensor) -> Tensor:
-    """Mirror half of the pictures and shift each by up to 4 pixels both ways, at random.
+def all_shifts(pictures: Tensor) -> Tensor:
+    """Return each picture, plain and mirrored, at all places that a shift can move it to.
 
-    What a shift uncovers is filled by reflection. All pictures of the batch are done at once:
-    pixel (i, j) of a new picture is pixel (rows[i], columns[j]) of the old one.
+    What a shift uncovers is filled by reflection. Padding is done here, once for all epochs; the
+    places are views of the padded pictures, which take no memory of their own.
 
     Args:
-        pictures: [B, 3, 32, 32] of any type.
+        pictures: [N, 3, H, W] of any type.
+
+    Returns:
+        [2, N, 9, 9, H, W, 3]: plain or mirrored, picture, place down, place to the right.
     """
-    count, channels, height, width = pictures.shape
-    device = pictures.device
-    down, right = torch.randint(-4, 5, (2, count, 1), device=device)
-    rows = _reflect(torch.arange(height, device=device) + down, height)
-    columns = _reflect(torch.arange(width, device=device) + right, width)
-    mirrored = torch.rand(count, 1, device=device) < 0.5
-    columns = torch.where(mirrored, width - 1 - columns, columns)
-    place = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, height * width)
-    moved = pictures.flatten(start_dim=2).gather(2, place.expand(-1, channels, -1))
-    return moved.view_as(pictures).contiguous(memory_format=torch.channels_last)
+    channels_last = pictures.permute(0, 2, 3, 1).numpy(force=True)
+    margins = ((0, 0), (MOST_SHIFT, MOST_SHIFT), (MOST_SHIFT, MOST_SHIFT), (0, 0))
+    padded = torch.from_numpy(np.pad(channels_last, margins, mode="reflect")).to(pictures.device)
+    height, width = pictures.shape[2:]
+    both = torch.stack([padded, padded.flip(2)])
+    return both.unfold(2, height, 1).unfold(3, width, 1).movedim(4, -1)
 
 
-def _reflect(index: Tensor, size: int) -> Tensor:
-    """Fold indices that stick out of 0..size-1 back inside: -1 to 1, size to size - 2."""
-    return size - 1 - (size - 1 - index.abs()).abs()
+def flip_and_shift(shifts: Tensor, index: Tensor) -> Tensor:
+    """Mirror half of some pictures and shift each by up to 4 pixels both ways, at random.
+
+    Args:
+        shifts: what `all_shifts` returns.
+        index: which pictures, int64 [B].
+
+    Returns:
+        [B, 3, H, W].
+    """
+    down, right = torch.randint(2 * MOST_SHIFT + 1, (2, len(index)), device=index.device)
+    mirrored = torch.randint(2, (len(index),), device=index.device)
+    return shifts[mirrored, index, down, right].permute(0, 3, 1, 2)
 
 
 def change_colours(pictures: Tensor, strength: float) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common import machine
 from common.attacks import change_answers
 from common.batches import (
+    all_shifts,
     change_colours,
     cut_out,
     flip_and_shift,
@@ -203,6 +204,7 @@ class Trainer:
         self.values = list(zip(_values(self.net), _values(self.training_net), strict=True))
         self.optimizer = make_optimizer(self.training_net, recipe)
         self.train, self.device, self.pictures = train, device, train.pictures.to(device)
+        self.shifts = all_shifts(self.pictures) if recipe.plain_share < 1 else None
         self._learn_from(train.labels)
 
     def _learn_from(self, labels: Tensor) -> None:
@@ -265,10 +267,11 @@ class Trainer:
     def _prepare(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return pictures and targets of a batch, altered as the recipe says."""
         recipe = self.recipe
-        pictures, targets = self.pictures.index_select(0, index), self.labels[index]
-        if self.epoch >= recipe.plain_share * recipe.epochs:
-            pictures = flip_and_shift(pictures)
-        pictures = as_input(pictures)
+        if self.epoch < recipe.plain_share * recipe.epochs:
+            pictures = as_input(self.pictures[index])
+        else:
+            pictures = as_input(flip_and_shift(self.shifts, index))
+        targets = self.labels[index]
         if recipe.colour_change:
             pictures = change_colours(pictures, recipe.colour_change)
         if recipe.cutout:

@@ -6,6 +6,7 @@ import torch
 from scipy.stats import chisquare
 
 from common.batches import (
+    all_shifts,
     change_colours,
     cut_out,
     flip_and_shift,
@@ -80,8 +81,11 @@ def test_flip_and_shift_equals_padding_cropping_and_mirroring_one_by_one():
     torch.manual_seed(0)
     pictures = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     padded = np.pad(pictures.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
+    index = torch.randperm(64)
+    results = flip_and_shift(all_shifts(pictures), index)
+    assert results.is_contiguous(memory_format=torch.channels_last)
     seen = set()
-    for result, source in zip(flip_and_shift(pictures).numpy(), padded, strict=True):
+    for result, source in zip(results.numpy(), padded[index], strict=True):
         matches = [
             (top, left, mirrored)
             for top in range(9)

@@ -48,13 +48,17 @@ def test_fit_learns_what_is_easy_and_takes_the_last_epoch(train, dev):
 
 def test_recipe_decides_when_transforms_start_and_rates_fall(train, monkeypatch):
     transformed, rates = [], []
-    monkeypatch.setattr(trainer, "flip_and_shift", lambda x: transformed.append(1) or x)
-    original = trainer.train_step
+    original_shift, original = trainer.flip_and_shift, trainer.train_step
+
+    def spy_on_shift(*batch):
+        transformed.append(1)
+        return original_shift(*batch)
 
     def spy(net, optimizer, *batch):
         rates.append(optimizer.param_groups[0]["lr"])
         return original(net, optimizer, *batch)
 
+    monkeypatch.setattr(trainer, "flip_and_shift", spy_on_shift)
     monkeypatch.setattr(trainer, "train_step", spy)
     recipe = replace(
         QUICK, epochs=6, batch_size=60, plain_share=1 / 3, decay_share=1 / 3, decay_factor=0.1
