@@ -103,7 +103,26 @@ def change_colours(pictures: Tensor, strength: float) -> Tensor:
     balance = between(1 - strength / 2, 1 + strength / 2, channels=3)
     brightness = between(-strength / 2, strength / 2)
     contrast = between(1 - strength, 1 + strength)
-    return ((pictures - grey) * contrast + (grey * balance + brightness)).clamp_(0, 1)
+    # (pictures - grey) * contrast + grey * balance + brightness, in one go
+    offset = grey * (balance - contrast) + brightness
+    along_a_row = offset.flatten(start_dim=1).repeat(1, pictures.shape[3])
+    changed = torch.addcmul(along_a_row[:, None], _as_rows(pictures), contrast[:, 0])
+    return _as_pictures(changed.clamp_(0, 1), pictures)
+
+
+def _as_rows(pictures: Tensor) -> Tensor:
+    """Return pictures, [B, C, H, W], as rows of numbers, [B, H, W * C].
+
+    Of pictures whose channels come last in memory it is a view. What is done to rows runs in
+    loops of W * C numbers, several times as fast as loops of C.
+    """
+    return pictures.permute(0, 2, 3, 1).flatten(start_dim=2)
+
+
+def _as_pictures(rows: Tensor, like: Tensor) -> Tensor:
+    """Return rows of numbers as the pictures, [B, C, H, W], that they are."""
+    count, channels, height, width = like.shape
+    return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def cut_out(pictures: Tensor, size: int) -> Tensor:
@@ -116,15 +135,16 @@ def cut_out(pictures: Tensor, size: int) -> Tensor:
         pictures: float in [0, 1], [B, 3, 32, 32].
         size: of the square's sides, in pixels.
     """
-    count, _, height, width = pictures.shape
+    count, channels, height, width = pictures.shape
     rows, columns = (
         torch.arange(side, device=pictures.device)
         - torch.randint(1 - size // 2, side + 1 - size // 2, (count, 1), device=pictures.device)
         for side in (height, width)
     )
     inside_rows, inside_columns = ((place >= 0) & (place < size) for place in (rows, columns))
-    square = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
-    return pictures.masked_fill(square, 0.5)
+    along_a_row = inside_columns.repeat_interleave(channels, dim=1)
+    square = inside_rows[:, :, None] & along_a_row[:, None, :]
+    return _as_pictures(_as_rows(pictures).masked_fill(square, 0.5), pictures)
 
 
 def mix_up(pictures: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
