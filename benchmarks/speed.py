@@ -54,8 +54,8 @@ SPRINT = replace(
     cutout=0,
     colour_change=0.0,
     adjust_logits=1.0,
-    batch_size=128,
-    learning_rate=5e-3,
+    plain_share=1.0,
+    batch_size=64,
 )
 FLIPS_ONLY = replace(NAIVE, name="flips-only", plain_share=0.0)
 
