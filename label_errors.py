@@ -25,7 +25,7 @@ from common.results import Results
 from common.trainer import Recipe, judge, judge_by_folds
 from training import BEST, with_epochs
 
-RECIPE = replace(BEST, name="label-errors", epochs=16)
+RECIPE = replace(BEST, name="label-errors", epochs=16, warp=0.0)
 DEV_NETS = 2
 # A label is worth a look when its chance to be right is below DOUBTFUL, and the suggestion is
 # accepted unasked below WRONG. The chances trust a little too much: two in five of the course's

@@ -27,6 +27,7 @@ from training import BEST, TUNED
 FOLDS = 3
 LEFT_OUT = {
     "flips and shifts": {"plain_share": 1.0},
+    "turned and zoomed pictures": {"warp": 0.0},
     "changed colours": {"colour_change": 0.0},
     "squares cut out": {"cutout": 0},
     "mixup": {"mixup": 0.0},

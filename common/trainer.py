@@ -21,6 +21,7 @@ from common.batches import (
     least_sampled,
     mix_up,
     shuffled,
+    warp,
     weighted,
 )
 from common.dataset import CLASS_NAMES, Dataset, as_input
@@ -54,6 +55,8 @@ class Recipe:
             in training, so that without it the net is fair to classes that are drawn less (Menon
             et al., 2021). 0 for nothing; more than 1 favours them, as they are learnt less well.
         plain_share: share of the epochs before pictures are altered; 1 for never.
+        warp: share of the pictures that are turned, zoomed, stretched and sheared a little; 0 for
+            none.
         colour_change: how much brightness, contrast and colours are altered, 0 to 1.
         cutout: sides, in pixels, of the square of each picture that is painted grey; 0 for none.
         mixup: alpha of mixup; 0 for none.
@@ -88,6 +91,7 @@ class Recipe:
     balance: float = 1.0
     adjust_logits: float = 0.0
     plain_share: float = 1.0
+    warp: float = 0.0
     colour_change: float = 0.0
     cutout: int = 0
     mixup: float = 0.0
@@ -272,6 +276,8 @@ class Trainer:
         else:
             pictures = as_input(flip_and_shift(self.shifts, index))
         targets = self.labels[index]
+        if recipe.warp:
+            pictures = warp(pictures, recipe.warp)
         if recipe.colour_change:
             pictures = change_colours(pictures, recipe.colour_change)
         if recipe.cutout:

@@ -78,6 +78,7 @@ def test_a_run_that_goes_on_from_a_state_ends_like_one_that_never_stopped(train)
     mixing = {
         "network": "BestNet",
         "sampler": "weighted",
+        "warp": 0.5,
         "mixup": 0.5,
         "check_labels_at": (0.5,),
         "average_weights": 0.9,
