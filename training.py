@@ -2,6 +2,7 @@
 
     python training.py --recipe final
     python training.py --recipe all --seed 0,1,2
+    python training.py --settings results/<data>/tuning.json
     python training.py --show-mismatch
 
 A recipe is all the settings of a run. Each one below is an earlier one with little changed, as
@@ -9,6 +10,7 @@ the report went along, so that REPORT_RECIPES reads as its story. TUNED and BEST
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -73,7 +75,7 @@ PRE_TRAINED = replace(NAIVE, name="pre_trained", epochs=1, learning_rate=1e-4)
 TUNED = replace(
     NAIVE,
     name="tuned",
-    epochs=64,
+    epochs=56,
     batch_size=256,
     learning_rate=3e-3,
     schedule="one-cycle",
@@ -121,8 +123,8 @@ BEST = replace(
 ROBUST = replace(
     BEST,
     name="robust",
-    epochs=36,
-    adjust_logits=0.9,
+    epochs=48,
+    adjust_logits=1.0,
     warp=0.0,
     colour_change=0.2,
     cutout=0,
@@ -483,6 +485,25 @@ def in_words(about: dict[str, Any]) -> str:
     return f"recipe {recipe['name']}, {recipe['epochs']} epochs, seed {about['seed']}, on {source}"
 
 
+def read_settings(path: Path, recipe: Recipe) -> Recipe:
+    """Return a recipe with the best settings that a search of tuning.py has found.
+
+    Raises:
+        UserError: no such file, or no results of a search.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["best"]["settings"]
+        types = {name: type(getattr(recipe, name)) for name in settings}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: holds no settings that tuning.py has found") from error
+    for name, value in settings.items():
+        if types[name] not in (int, float) or not isinstance(value, types[name]):
+            raise UserError(f"{path}: {name} is {value!r}, which it can't be")
+    return replace(recipe, name="found", **settings)
+
+
 def train_recipes(
     recipes: list[Recipe],
     seeds: list[int],
@@ -508,6 +529,15 @@ def train_recipes(
     print_summaries(summaries)
 
 
+def choose_recipes(arguments: argparse.Namespace) -> list[Recipe]:
+    """Return the recipes that the options ask for."""
+    if arguments.settings:
+        return [read_settings(arguments.settings, TUNED)]
+    if arguments.recipe == "all":
+        return [*REPORT_RECIPES.values(), TUNED]
+    return [RECIPES[arguments.recipe or FINAL.name]]
+
+
 def main() -> None:
     """Train recipes and compare them with the report's."""
     parser = console.make_parser(__doc__, several_seeds=True)
@@ -515,6 +545,12 @@ def main() -> None:
         "--recipe",
         choices=[*RECIPES, "all"],
         help="what to train; all: the report's and tuned; without it, final",
+    )
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        metavar="FILE",
+        help="train the recipe `found`: tuned, with the settings that tuning.py has found",
     )
     parser.add_argument(
         "--epochs", type=console.positive_whole_number, help="how many, not the recipe's own"
@@ -537,11 +573,14 @@ def main() -> None:
     )
     add_checkpoint_options(parser, "the net of final (for --show-mismatch only)")
     arguments = parser.parse_args()
-    training_options = ("recipe", "epochs", "label_fixes", "resume")
+    training_options = ("recipe", "settings", "epochs", "label_fixes", "resume")
     if arguments.show_mismatch and any(getattr(arguments, name) for name in training_options):
         parser.error("--show-mismatch trains nothing; leave --recipe and its like out")
+    if arguments.recipe and arguments.settings:
+        parser.error("--settings is a recipe of its own; leave --recipe out")
     if (arguments.checkpoint or arguments.pixel_range) and not arguments.show_mismatch:
         parser.error("--checkpoint and --pixel-range go with --show-mismatch")
+    chosen = choose_recipes(arguments)
     device = machine.choose_device(arguments.device)
     source = open_source(arguments.data, arguments.data_seed)
     dev = source.load("dev", arguments.quick)
@@ -554,8 +593,6 @@ def main() -> None:
         scores = show_mismatch(net, dev, arguments.seed[0])
         results.save_json("mismatch", {"checkpoint": about, **scores})
     else:
-        name = arguments.recipe or FINAL.name
-        chosen = [*REPORT_RECIPES.values(), TUNED] if name == "all" else [RECIPES[name]]
         recipes = [with_epochs(each, arguments.epochs, arguments.quick) for each in chosen]
         train_recipes(recipes, arguments.seed, results, train, dev, device, arguments.resume)
     results.print_written()

@@ -68,7 +68,7 @@ def side_by_side(
         )
     disable = True if len(jobs) == 1 else None  # one job alone shows its own progress
     try:
-        yield from tqdm(results, total=len(jobs), desc=name, disable=disable)
+        yield from tqdm(results, total=len(jobs), desc=name, leave=False, disable=disable)
     except KeyboardInterrupt:
         if workers > 1:
             get_reusable_executor().shutdown(wait=True, kill_workers=True)

@@ -15,9 +15,10 @@ import label_errors
 import lr_analysis
 import report
 import training
+import tuning
 from common import console, machine, results
 
-STEPS = [inspectData, evaluation, training, label_errors, lr_analysis, adversarial]
+STEPS = [inspectData, evaluation, training, label_errors, lr_analysis, adversarial, tuning]
 SCRIPTS = [*STEPS, report]
 NAMES = [script.__name__ for script in SCRIPTS]
 
