@@ -117,11 +117,12 @@ STEPS = (
         resumes=True,
         full=True,
     ),
+    Step("tuning", "3i. Settings searched", "tuning.py", 220, full=True),
     Step(
         "robust",
         "5. The recipe robust",
         "training.py",
-        160,
+        230,
         ("--recipe", "robust"),
         resumes=True,
         full=True,

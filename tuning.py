@@ -89,13 +89,22 @@ def search(
 
 def check(
     recipes: dict[str, Recipe], train: Dataset, seed: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Return the G-means of recipes with other folds and other first weights than in the search."""
+) -> dict[str, dict[str, Any]]:
+    """Judge recipes with other folds, and other first weights, than those of the search.
+
+    Returns:
+        for each, `g_mean`, the mean, `spread` and `runs`.
+    """
     jobs = [(name, seed + 1 + number) for name in recipes for number in range(CHECKS)]
     scores: dict[str, list[float]] = {name: [] for name in recipes}
     for name, other_seed in tqdm(jobs, desc="checks", disable=None):
         scores[name].append(g_mean_by_folds(recipes[name], train, other_seed, device))
-    return scores
+    return {name: mean_and_spread(runs) for name, runs in scores.items()}
+
+
+def mean_and_spread(runs: list[float]) -> dict[str, Any]:
+    """Return what the JSON file says of several G-means, or of differences between them."""
+    return {"g_mean": np.mean(runs).item(), "spread": np.std(runs, ddof=1).item(), "runs": runs}
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -171,19 +180,17 @@ def print_trials(numbers: dict[str, Any]) -> None:
     console.print_table(["", "G-mean", *(name.replace("_", " ") for name in SPACE)], rows)
 
 
-def print_check(scores: dict[str, list[float]]) -> None:
+def print_check(checked: dict[str, dict[str, Any]]) -> None:
     """Print the second judgement, and what it says of the search."""
-    rows = [
-        [name, f"{np.mean(values):.3f} ±{np.std(values, ddof=1):.3f}"]
-        for name, values in scores.items()
-    ]
+    rows = [[name, f"{each['g_mean']:.3f} ±{each['spread']:.3f}"] for name, each in checked.items()]
     print(f"\nJudged once more, on other folds, {CHECKS} times:")
     console.print_table(["settings", "G-mean"], rows)
-    if len(scores) == 1:
+    if len(checked) == 1:
         print("No trial was better than the settings that the search set out from.")
         return
-    gain = np.subtract(scores["the best"], scores["set out from"])
-    print(f"The search gains {gain.mean():+.3f} ±{gain.std(ddof=1):.3f}.")
+    first, best = (each["runs"] for each in checked.values())
+    gain = mean_and_spread(np.subtract(best, first).tolist())
+    print(f"The search gains {gain['g_mean']:+.3f} ±{gain['spread']:.3f}.")
 
 
 def main() -> None:
@@ -225,9 +232,9 @@ def main() -> None:
     numbers = numbers_of(study, recipe)
     print_trials(numbers)
     results.save_figure("tuning", draw_search(numbers))
-    compared = {"set out from": recipe}
+    compared = {"first": recipe}
     if numbers["best"]["number"] > 0:
-        compared["the best"] = replace(recipe, **numbers["best"]["settings"])
+        compared["best"] = replace(recipe, **numbers["best"]["settings"])
     numbers["check"] = check(compared, train, arguments.seed, device)
     print_check(numbers["check"])
     results.save_json("tuning", numbers)

@@ -151,7 +151,7 @@ def test_stopped_report_goes_on_where_it_was(folder, tmp_path, run_script, monke
 
 def test_another_seed_runs_anew_and_what_does_not_need_it_too(folder, run_script, monkeypatch):
     steps = report.steps_of(full=True)
-    assert [step.name for step in steps if step.full] == ["best", "robust"]
+    assert [step.name for step in steps if step.full] == ["best", "tuning", "robust"]
     assert "--robust" in steps[-1].options
 
     class Arguments:

@@ -49,8 +49,16 @@ def test_check_judges_by_other_folds_than_the_search(train, monkeypatch):
     monkeypatch.setattr(
         tuning, "g_mean_by_folds", lambda recipe, train, seed, device: seeds.append(seed) or 0.5
     )
-    tuning.check({"set out from": TUNED, "the best": TUNED}, train, 7, "cpu")
+    checked = tuning.check({"first": TUNED, "best": TUNED}, train, 7, "cpu")
     assert seeds == [8, 9, 10, 8, 9, 10]
+    assert checked["best"] == {"g_mean": 0.5, "spread": 0.0, "runs": [0.5] * 3}
+
+
+def test_gain_is_the_mean_of_the_differences(capsys):
+    first, best = tuning.mean_and_spread([0.7, 0.8, 0.6]), tuning.mean_and_spread([0.8, 0.8, 0.8])
+    assert (first["g_mean"], first["spread"]) == (pytest.approx(0.7), pytest.approx(0.1))
+    tuning.print_check({"first": first, "best": best})
+    assert "The search gains +0.100 ±0.100." in capsys.readouterr().out
 
 
 def test_found_settings_are_searched_drawn_and_trained(run_script, course_folder, tmp_path):
