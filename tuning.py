@@ -182,7 +182,11 @@ def print_trials(numbers: dict[str, Any]) -> None:
 
 def print_check(checked: dict[str, dict[str, Any]]) -> None:
     """Print the second judgement, and what it says of the search."""
-    rows = [[name, f"{each['g_mean']:.3f} ±{each['spread']:.3f}"] for name, each in checked.items()]
+    titles = {"first": "set out from", "best": "the best"}
+    rows = [
+        [titles[name], f"{each['g_mean']:.3f} ±{each['spread']:.3f}"]
+        for name, each in checked.items()
+    ]
     print(f"\nJudged once more, on other folds, {CHECKS} times:")
     console.print_table(["settings", "G-mean"], rows)
     if len(checked) == 1:
