@@ -35,8 +35,8 @@ def keep_freed_memory() -> None:
     """Ask the C library (glibc) to keep freed memory for reuse instead of giving it back.
 
     A training step frees and asks again for the same few megabytes. Without this, each step
-    pays for fresh pages from the kernel, a quarter of its time (benchmarks/speed.py measures
-    it). Does nothing where the C library is another.
+    pays for fresh pages from the kernel: up to a quarter of its time, on some machines nothing
+    (benchmarks/speed.py measures it). Does nothing where the C library is another.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # numbers from glibc's malloc.h
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
