@@ -142,8 +142,8 @@ def test_the_shipped_pre_trained_net_says_car_to_everything(dev):
     assert about["trained_on"]["source"] == "sketches"
 
 
-@pytest.mark.parametrize(("name", "g_mean"), [("tuned", 0.830), ("best", 0.923), ("robust", 0.770)])
-def test_the_shipped_nets_are_small_and_carry_their_recipe(name, g_mean):
+@pytest.mark.parametrize(("name", "least"), [("tuned", 0.81), ("best", 0.91), ("robust", 0.76)])
+def test_the_shipped_nets_are_small_carry_their_recipe_and_are_good(name, least):
     path = evaluation.PRE_TRAINED.parent / f"{name}.ckpt"
     net, about = evaluation.load_checkpoint(path)
     assert path.stat().st_size < 4e6
@@ -152,7 +152,7 @@ def test_the_shipped_nets_are_small_and_carry_their_recipe(name, g_mean):
     assert type(net).__name__ == recipe.network
     if COURSE_DATA.is_dir():
         dev = open_source(str(COURSE_DATA)).load("dev")
-        assert evaluation.evaluate(net, dev)["g_mean"] == pytest.approx(g_mean, abs=0.002)
+        assert evaluation.evaluate(net, dev)["g_mean"] > least
 
 
 def test_their_numbers_stand_beside_the_pre_trained_net_on_dev_only(
