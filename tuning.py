@@ -39,14 +39,14 @@ from evaluation import evaluate_predictions
 from training import TUNED, with_epochs
 
 TRIALS = 20
-EPOCHS = 20  # fewer than the recipe has: what is good early is mostly good later
+EPOCHS = 16  # fewer than the recipe has: what is good early is mostly good later
 CHECKS = 3  # times that the best is judged once more
 ROWS_SHOWN = 5
 # In steps where the last digits would not matter, or where close to 0 is not the same as 0.
 SPACE: dict[str, BaseDistribution] = {
-    "learning_rate": FloatDistribution(5e-4, 1e-2, log=True),
+    "learning_rate": FloatDistribution(1e-3, 3e-2, log=True),
     "batch_size": CategoricalDistribution((64, 128, 256)),
-    "weight_decay": FloatDistribution(0.0, 1e-3),
+    "weight_decay": FloatDistribution(0.0, 0.5, step=0.05),
     "balance": FloatDistribution(0.0, 1.0),
     "adjust_logits": FloatDistribution(0.5, 1.5),
     "colour_change": FloatDistribution(0.0, 0.5, step=0.05),

@@ -26,6 +26,7 @@ from common.batches import (
 )
 from common.dataset import CLASS_NAMES, Dataset, as_input
 from common.label_noise import LEFT_OUT, leave_out_doubted, mend
+from common.muon import Muon
 from common.network import build_network, fast_precision, predict_logits
 
 
@@ -38,15 +39,16 @@ class Recipe:
         network: the kind of net, a name in NETWORKS.
         epochs: an epoch draws as many pictures as the set has.
         batch_size: pictures a step. The report's 4 makes an epoch 32 times as many steps.
-        learning_rate: of Adam (Kingma and Ba, 2015).
+        optimizer: `adam` (Kingma and Ba, 2015), `adamw` (Loshchilov and Hutter, 2019) or `muon`
+            (common/muon.py).
+        learning_rate: of the optimizer.
         schedule: how the rate changes: in `steps`, or in `one-cycle`: up for the first tenth of
             the run, then down to 0 along half a cosine (Smith and Topin, 2018).
         decay_share: with `steps`, the rate falls each time this share of the epochs is over; 1
             for never.
         decay_factor: what it is multiplied with then.
-        weight_decay: Adam adds this times the weights to the gradient (L2 penalty).
-        decoupled: weight decay shrinks the weights themselves instead (AdamW, Loshchilov and
-            Hutter, 2019).
+        weight_decay: Adam adds this times the weights to the gradient (L2 penalty); the others
+            shrink the weights themselves, by this times the learning rate each step.
         sampler: how pictures are drawn: `shuffled`, `strict` or `weighted`.
         class_weights: how often each class is drawn, relative to others; of `weighted` only.
         balance: of `weighted` only. 1 draws the classes as class_weights say, 0 in the set's own
@@ -80,12 +82,12 @@ class Recipe:
     network: str = "CourseNet"
     epochs: int = 30
     batch_size: int = 128
+    optimizer: str = "adam"
     learning_rate: float = 1e-3
     schedule: str = "steps"
     decay_share: float = 1.0
     decay_factor: float = 0.3
     weight_decay: float = 0.0
-    decoupled: bool = False
     sampler: str = "shuffled"
     class_weights: tuple[float, ...] = (1.0,) * len(CLASS_NAMES)
     balance: float = 1.0
@@ -119,13 +121,12 @@ def learning_rate_at(recipe: Recipe, progress: float) -> float:
 
 
 def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer; fused, as one step for all weights is the fastest."""
-    return torch.optim.Adam(
-        net.parameters(),
-        recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        decoupled_weight_decay=recipe.decoupled,
-        fused=True,
+    """Return the recipe's optimizer; Adam fused, as one step for all weights is the fastest."""
+    if recipe.optimizer == "muon":
+        return Muon(net.parameters(), recipe.learning_rate, recipe.weight_decay)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(
+        net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
 
 

@@ -77,6 +77,7 @@ def test_kept_memory_changes_no_result(train):
 def test_a_run_that_goes_on_from_a_state_ends_like_one_that_never_stopped(train):
     mixing = {
         "network": "BestNet",
+        "optimizer": "muon",
         "sampler": "weighted",
         "warp": 0.5,
         "mixup": 0.5,
