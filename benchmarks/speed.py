@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 ROUNDS = 3
 LOOP_EPOCHS = 15  # in which the report's loop reaches its best; later it only gets worse
 REPORT_EPOCHS = 100
-SPRINT_EPOCHS = (2, 3, 4, 6, 8, 12)
+SPRINT_EPOCHS = (1, 2, 3, 4, 6, 8)
 # To be quick, not good: what helps only in long runs is left out. Batch and rate were chosen on
 # folds of the training set.
 SPRINT = replace(
@@ -55,7 +55,7 @@ SPRINT = replace(
     colour_change=0.0,
     adjust_logits=1.0,
     plain_share=1.0,
-    batch_size=64,
+    batch_size=32,
 )
 FLIPS_ONLY = replace(NAIVE, name="flips-only", plain_share=0.0)
 

@@ -91,10 +91,10 @@ def test_one_full_step_of_pgd_is_fgsm(net, dev, pictures):
 @pytest.mark.parametrize("epsilon", [0.06, 0.1, 0.15])
 def test_pgd_is_never_weaker_than_foolbox(net, dev, pictures, epsilon):
     foolbox_net = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
-    attack = foolbox.attacks.LinfPGD(steps=20, rel_stepsize=0.125)
-    torch.manual_seed(0)
+    # Both from the picture itself: a start by chance may favour either by a picture or two.
+    attack = foolbox.attacks.LinfPGD(steps=20, rel_stepsize=0.125, random_start=False)
     _, theirs, _ = attack(foolbox_net, pictures, dev.labels, epsilons=epsilon)
-    ours = pgd(net, pictures, dev.labels, epsilon, steps=20)
+    ours = pgd(net, pictures, dev.labels, epsilon, steps=20, random_start=False)
     assert accuracy(net, ours, dev.labels) <= accuracy(net, theirs, dev.labels)
 
 
