@@ -21,7 +21,9 @@ ADAM_LIKE = 0.2  # typical size of an Adam step, in learning rates
 def orthogonalise(matrix: Tensor) -> Tensor:
     """Return a matrix with the same singular vectors, and singular values near 1.
 
-    By the Newton-Schulz iteration, which needs matrix products only.
+    By the Newton-Schulz iteration, which needs matrix products only. Each round multiplies by a
+    polynomial of the matrix's square; these factors are gathered, as they are small where the
+    matrix is long.
 
     Args:
         matrix: float [rows, columns].
@@ -29,11 +31,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     if matrix.shape[0] > matrix.shape[1]:  # squares of the shorter side are smaller
         return orthogonalise(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
+    factors, square = torch.eye(len(matrix)).to(matrix), matrix @ matrix.T
     for _ in range(ROUNDS if len(matrix) > 1 else 0):  # one row has one value, and that is 1 now
-        square = matrix @ matrix.T
-        fifth = torch.addmm(square, square, square, beta=B, alpha=C)  # b square + c square^2
-        matrix = torch.addmm(matrix, fifth, matrix, beta=A)
-    return matrix
+        factor = torch.addmm(square, square, square, beta=B, alpha=C)  # b square + c square^2
+        factor.diagonal().add_(A)
+        factors, square = factor @ factors, factor @ square @ factor
+    return factors @ matrix
 
 
 class Muon(torch.optim.Optimizer):
