@@ -90,30 +90,16 @@ TUNED = replace(
     average_flips=True,
     average_shifts=3,
 )
-# Judges of labels have to be fair to all classes beforehand, and quick, as there are many of them.
-JUDGE = replace(
-    TUNED,
-    name="judge",
-    epochs=30,
-    optimizer="adam",
-    learning_rate=3e-3,
-    weight_decay=0.0,
-    adjust_logits=1.0,
-    cutout=0,
-    mixup=0.5,
-    average_shifts=0,
-)
+# Judges of labels have to be fair to all classes beforehand.
+JUDGE = replace(TUNED, name="judge", adjust_logits=1.0)
 # A bigger net learns wrong labels by heart, and cats and trucks less well than cars: hence judges
 # of the labels, and logits adjusted by more than the draws call for.
 BEST = replace(
     TUNED,
     name="best",
     network="BestNet",
-    epochs=60,
+    epochs=40,
     batch_size=128,
-    optimizer="adamw",
-    learning_rate=5e-3,
-    weight_decay=0.05,
     warp=0.5,
     colour_change=0.4,
     cutout=14,
@@ -128,7 +114,7 @@ BEST = replace(
 ROBUST = replace(
     BEST,
     name="robust",
-    epochs=48,
+    epochs=28,
     adjust_logits=1.0,
     warp=0.0,
     colour_change=0.2,
@@ -139,6 +125,8 @@ ROBUST = replace(
     check_labels_at=(),
     average_shifts=0,
 )
+# So small a net learns less by Muon when it is attacked: on a fold of the training set a G-mean of
+# 0.77 without and 0.40 with PGD, by Adam 0.82 and 0.46.
 ROBUST_COURSE = replace(
     TUNED,
     name="robust-course",

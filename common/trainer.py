@@ -39,16 +39,15 @@ class Recipe:
         network: the kind of net, a name in NETWORKS.
         epochs: an epoch draws as many pictures as the set has.
         batch_size: pictures a step. The report's 4 makes an epoch 32 times as many steps.
-        optimizer: `adam` (Kingma and Ba, 2015), `adamw` (Loshchilov and Hutter, 2019) or `muon`
-            (common/muon.py).
+        optimizer: `adam` (Kingma and Ba, 2015) or `muon` (common/muon.py).
         learning_rate: of the optimizer.
         schedule: how the rate changes: in `steps`, or in `one-cycle`: up for the first tenth of
             the run, then down to 0 along half a cosine (Smith and Topin, 2018).
         decay_share: with `steps`, the rate falls each time this share of the epochs is over; 1
             for never.
         decay_factor: what it is multiplied with then.
-        weight_decay: Adam adds this times the weights to the gradient (L2 penalty); the others
-            shrink the weights themselves, by this times the learning rate each step.
+        weight_decay: Adam adds this times the weights to the gradient (L2 penalty); Muon shrinks
+            the weights themselves, by this times the learning rate each step.
         sampler: how pictures are drawn: `shuffled`, `strict` or `weighted`.
         class_weights: how often each class is drawn, relative to others; of `weighted` only.
         balance: of `weighted` only. 1 draws the classes as class_weights say, 0 in the set's own
@@ -124,8 +123,7 @@ def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimizer; Adam fused, as one step for all weights is the fastest."""
     if recipe.optimizer == "muon":
         return Muon(net.parameters(), recipe.learning_rate, recipe.weight_decay)
-    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(
+    return torch.optim.Adam(
         net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
 

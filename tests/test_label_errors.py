@@ -93,7 +93,7 @@ def test_fixes_are_ranked_and_those_more_likely_wrong_than_right_accepted():
     for fix in fixes:
         assert fix.given == given[fix.index] != fix.suggested
         assert fix.confidence == chances[fix.index, fix.suggested]
-        assert fix.accept == (quality[fix.index] < 0.65)
+        assert fix.accept == (quality[fix.index] < 0.5)
 
 
 def test_rates_of_a_hand_worked_example():
@@ -123,6 +123,26 @@ def test_each_picture_is_judged_by_a_net_that_has_not_learnt_from_it(train, monk
     logits = trainer.judge_by_folds(label_errors.RECIPE, train, 0, CPU)
     assert torch.equal(logits, train.pictures[:, :, 0, 0].float())
     assert sum(seen) == len(train)
+
+
+def test_both_kinds_of_nets_decide_and_the_better_learn_nothing_that_the_small_doubt(
+    train, monkeypatch
+):
+    first, second = torch.zeros(len(train), 3), torch.zeros(len(train), 3)
+    first[torch.arange(len(train)), train.labels] = 9.0
+    first[0] = first[0].roll(1)
+    trusted_by = []
+
+    def spy(recipe, dataset, seed, device, trusted=None):
+        trusted_by.append(trusted)
+        return first if recipe == label_errors.RECIPE.judge else second
+
+    monkeypatch.setattr(label_errors, "judge_by_folds", spy)
+    logits = label_errors.judge_all(label_errors.RECIPE, train, train, 0, CPU)
+    assert torch.equal(logits, first / 2)
+    small, better = trusted_by
+    assert small is None
+    assert better.tolist() == [False] + [True] * (len(train) - 1)
 
 
 def _one_by_one(function, jobs, device, name):
