@@ -351,7 +351,7 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
     plot_runs(loss_ax, curves["loss"], "training loss", figures.PALETTE[6], "-")
     loss_ax.set_ylabel("cross-entropy, mean of the epoch")
     recipe = summary["recipe"]
-    if recipe["plain_share"] < 1:
+    if 0 < recipe["plain_share"] < 1:
         start = recipe["plain_share"] * recipe["epochs"] + 0.5
         loss_ax.axvline(start, color="0.5", ls=":", label="flips and shifts start")
         loss_ax.legend()

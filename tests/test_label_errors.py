@@ -93,7 +93,7 @@ def test_fixes_are_ranked_and_those_more_likely_wrong_than_right_accepted():
     for fix in fixes:
         assert fix.given == given[fix.index] != fix.suggested
         assert fix.confidence == chances[fix.index, fix.suggested]
-        assert fix.accept == (quality[fix.index] < 0.5)
+        assert fix.accept == (quality[fix.index] < 0.65)
 
 
 def test_rates_of_a_hand_worked_example():
