@@ -31,12 +31,22 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     if matrix.shape[0] > matrix.shape[1]:  # squares of the shorter side are smaller
         return orthogonalise(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
-    factors, square = torch.eye(len(matrix)).to(matrix), matrix @ matrix.T
-    for _ in range(ROUNDS if len(matrix) > 1 else 0):  # one row has one value, and that is 1 now
-        factor = torch.addmm(square, square, square, beta=B, alpha=C)  # b square + c square^2
-        factor.diagonal().add_(A)
-        factors, square = factor @ factors, factor @ square @ factor
+    if len(matrix) == 1:  # one row has one singular value, and that is 1 now
+        return matrix
+    square = matrix @ matrix.T
+    factors = factor = _factor(square)
+    for _ in range(ROUNDS - 1):
+        square = factor @ square @ factor
+        factor = _factor(square)
+        factors = factor @ factors
     return factors @ matrix
+
+
+def _factor(square: Tensor) -> Tensor:
+    """Return a + b square + c square^2, which a round multiplies the matrix with."""
+    factor = torch.addmm(square, square, square, beta=B, alpha=C)
+    factor.diagonal().add_(A)
+    return factor
 
 
 class Muon(torch.optim.Optimizer):
