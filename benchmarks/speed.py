@@ -51,13 +51,12 @@ SPRINT_EPOCHS = (1, 2, 3, 4, 6, 8)
 SPRINT = replace(
     TUNED,
     name="sprint",
-    cutout=0,
     colour_change=0.0,
     adjust_logits=1.0,
     plain_share=1.0,
     batch_size=32,
 )
-FLIPS_ONLY = replace(NAIVE, name="flips-only", plain_share=0.0)
+FLIPS_ONLY = replace(NAIVE, name="flips-only", plain_share=0.0, batch_size=TUNED.batch_size)
 
 
 class ReluThenPoolNet(CourseNet):
@@ -150,7 +149,7 @@ def loader_epoch(train: Dataset) -> float:
     """
     loader = DataLoader(
         TransformedPictures(train),
-        batch_size=128,
+        batch_size=FLIPS_ONLY.batch_size,
         shuffle=True,
         num_workers=2,
         persistent_workers=True,
@@ -250,6 +249,7 @@ def rows_of(results: dict[str, list[Any]]) -> list[list[str]]:
     tuned_score = np.mean([run["g_mean"] for run in results["tuned"]])
     is_whole = len(results["loop"][0]["g_mean"]) >= REPORT_EPOCHS
     extrapolated = "" if is_whole else ", extrapolated"
+    batch = f"batch {FLIPS_ONLY.batch_size}"
     end = f"{np.mean([run['g_mean'][-1] for run in results['loop']]):.3f}" if is_whole else ""
 
     def row(name: str, values: list[float], peer: list[float] | None, score: str = "") -> list[str]:
@@ -272,8 +272,8 @@ def rows_of(results: dict[str, list[Any]]) -> list[list[str]]:
         row(f"report's loop, {REPORT_EPOCHS} epochs{extrapolated}", whole, None, end),
         row("recipe tuned, whole", tuned, whole, f"{tuned_score:.3f}"),
         row("epoch of the report's loop, batch 4", epochs, None),
-        row("epoch, DataLoader with 2 workers, batch 128", results["loader"], None),
-        row("epoch of ours with flips and shifts", results["epoch"], results["loader"]),
+        row(f"epoch, DataLoader with 2 workers, {batch}", results["loader"], None),
+        row(f"epoch of ours with flips and shifts, {batch}", results["epoch"], results["loader"]),
         row("the same, memory given back", results["memory"], results["loader"]),
     ]
 
