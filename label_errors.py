@@ -23,17 +23,17 @@ from common.label_fixes import LabelFix, format_fixes, with_fixes
 from common.label_noise import LEFT_OUT, fit_sharpness, leave_out_doubted, true_label_chances
 from common.results import Results
 from common.trainer import Recipe, judge, judge_by_folds
-from training import BEST, with_epochs
+from training import BEST, JUDGE, with_epochs
 
-# So short a training has no time for pictures that are altered much.
+# Judges need not be as good as nets can be. So short a training has no time for pictures that are
+# altered much.
 RECIPE = replace(
     BEST,
     name="label-errors",
-    epochs=6,
-    warp=0.0,
+    epochs=5,
     colour_change=0.2,
     cutout=8,
-    check_labels_at=(),
+    judge=replace(JUDGE, epochs=24),
 )
 DEV_NETS = 2  # of each kind
 # A label is worth a look when its chance to be right is below DOUBTFUL, and the suggestion is
@@ -62,9 +62,9 @@ def judge_all(
         return (first_look + judge_by_folds(better, train, seed, device, trusted)) / 2
     learnt = train.take(torch.nonzero(trusted).flatten())
     jobs = [
-        (net, learnt, judged.pictures, seed + number, device)
+        (kind, learnt, judged.pictures, seed + number, device)
         for number in range(DEV_NETS)
-        for net in (better, small)
+        for kind in (better, small)
     ]
     return torch.stack(list(machine.side_by_side(judge, jobs, device, "nets"))).mean(dim=0)
 

@@ -29,7 +29,6 @@ ADAM = {"optimizer": "adam", "learning_rate": 3e-3, "weight_decay": 0.0}  # its 
 LEFT_OUT = {
     "Muon (with Adam)": ADAM,
     "flips and shifts": {"plain_share": 1.0},
-    "turned and zoomed pictures": {"warp": 0.0},
     "changed colours": {"colour_change": 0.0},
     "squares cut out": {"cutout": 0},
     "mixup": {"mixup": 0.0},
@@ -37,8 +36,6 @@ LEFT_OUT = {
     "draws by root of size": {"balance": 1.0, "adjust_logits": 0.0},
     "weight decay": {"weight_decay": 0.0},
     "judges of the labels": {"judge": None},
-    "its own check of the labels": {"check_labels_at": ()},
-    "average of weights": {"average_weights": 0.0},
     "mirror images at the end": {"average_flips": False},
     "shifted views at the end": {"average_shifts": 0},
 }

@@ -4,12 +4,10 @@ Each sampler yields, epoch after epoch, as many indices into the set as it has p
 is random follows from torch's seed.
 """
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Beta
 
@@ -86,35 +84,6 @@ def flip_and_shift(shifts: Tensor, index: Tensor) -> Tensor:
     down, right = torch.randint(2 * MOST_SHIFT + 1, (2, len(index)), device=index.device)
     mirrored = torch.randint(2, (len(index),), device=index.device)
     return shifts[mirrored, index, down, right].permute(0, 3, 1, 2)
-
-
-def warp(pictures: Tensor, share: float) -> Tensor:
-    """Turn, zoom, stretch and shear some of the pictures at random.
-
-    By up to 10 degrees, 20% larger or smaller, 10% wider or higher, and a tenth of a pixel aside
-    for each pixel down. The others stay sharp, as the pictures are that the net will be asked
-    about: warping blurs a little. What moves in from outside is filled by reflection.
-
-    Args:
-        pictures: float [B, 3, H, W], in random order.
-        share: of the pictures to warp, above 0, at most 1: the first ones.
-    """
-    count = math.ceil(share * len(pictures))
-
-    def between(low: float, high: float) -> Tensor:
-        return torch.empty(count, device=pictures.device).uniform_(low, high)
-
-    turn = between(-math.pi / 18, math.pi / 18)
-    zoom = between(-math.log(1.2), math.log(1.2))
-    stretch = between(-math.log(1.1), math.log(1.1))
-    cosine, sine, none, one = turn.cos(), turn.sin(), torch.zeros_like(turn), torch.ones_like(turn)
-    scales = torch.stack([zoom + stretch, zoom - stretch], dim=1).exp().diag_embed()
-    rotation = torch.stack([cosine, -sine, sine, cosine], dim=1).view(count, 2, 2)
-    shear = torch.stack([one, between(-0.1, 0.1), none, one], dim=1).view(count, 2, 2)
-    to_old_places = F.pad(scales @ rotation @ shear, (0, 1))  # and no shift
-    grid = F.affine_grid(to_old_places, [count, *pictures.shape[1:]], align_corners=False)
-    warped = F.grid_sample(pictures[:count], grid, padding_mode="reflection", align_corners=False)
-    return torch.cat([warped, pictures[count:]]).contiguous(memory_format=torch.channels_last)
 
 
 def change_colours(pictures: Tensor, strength: float) -> Tensor:

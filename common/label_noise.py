@@ -16,7 +16,6 @@ from common.dataset import CLASS_NAMES
 SHARPNESS = 1.5
 SHARPNESSES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 ROUNDS = 50  # of the estimate; it settles long before
-SURE = 0.9  # chance of a label from which on it may take the place of another
 LEFT_OUT = -1  # in place of a label that is not to be learnt from
 
 
@@ -66,19 +65,3 @@ def leave_out_doubted(logits: Tensor, labels: Tensor) -> Tensor:
     trusted = true_label_chances(logits, labels).argmax(dim=1) == labels
     kept = torch.bincount(labels[trusted], minlength=len(CLASS_NAMES))
     return labels.where(trusted | (kept[labels] == 0), LEFT_OUT)
-
-
-def mend(logits: Tensor, labels: Tensor, learnt: Tensor) -> Tensor:
-    """Return the labels to learn from, int64 [N]: LEFT_OUT where they are in doubt.
-
-    Where the net is sure of another label than the one given, that takes its place. What was
-    left out so far comes back only where the net is sure.
-
-    Args:
-        logits: [N, C], of the net.
-        labels: as given, int64 [N].
-        learnt: the labels that the net has learnt from so far, int64 [N].
-    """
-    confidence, likely = true_label_chances(logits, labels).max(dim=1)
-    trusted = (likely == labels) & (learnt != LEFT_OUT)
-    return likely.where(trusted | (confidence > SURE), LEFT_OUT)

@@ -21,11 +21,10 @@ from common.batches import (
     least_sampled,
     mix_up,
     shuffled,
-    warp,
     weighted,
 )
 from common.dataset import CLASS_NAMES, Dataset, as_input
-from common.label_noise import LEFT_OUT, leave_out_doubted, mend
+from common.label_noise import LEFT_OUT, leave_out_doubted
 from common.muon import Muon
 from common.network import build_network, fast_precision, predict_logits
 
@@ -56,8 +55,6 @@ class Recipe:
             in training, so that without it the net is fair to classes that are drawn less (Menon
             et al., 2021). 0 for nothing; more than 1 favours them, as they are learnt less well.
         plain_share: share of the epochs before pictures are altered; 1 for never.
-        warp: share of the pictures that are turned, zoomed, stretched and sheared a little; 0 for
-            none.
         colour_change: how much brightness, contrast and colours are altered, 0 to 1.
         cutout: sides, in pixels, of the square of each picture that is painted grey; 0 for none.
         mixup: alpha of mixup; 0 for none.
@@ -68,8 +65,6 @@ class Recipe:
         judge: before the training, nets are trained by this recipe on parts of the set, and each
             judges the labels of the part left out; what they find more likely wrong than right
             is not learnt from. None for no judges.
-        check_labels_at: when these shares of the epochs are over, the net judges the labels
-            itself: those that it is sure are wrong are mended, other doubtful ones left out.
         average_weights: the net that counts is a moving average of the weights; each step keeps
             this share of it (Polyak and Juditsky, 1992). 0 for the last weights.
         average_flips: the net, once trained, gives the mean of a picture's logits and its mirror
@@ -92,14 +87,12 @@ class Recipe:
     balance: float = 1.0
     adjust_logits: float = 0.0
     plain_share: float = 1.0
-    warp: float = 0.0
     colour_change: float = 0.0
     cutout: int = 0
     mixup: float = 0.0
     attack_epsilon: float = 0.0
     trades_beta: float = 0.0
     judge: "Recipe | None" = None
-    check_labels_at: tuple[float, ...] = ()
     average_weights: float = 0.0
     average_flips: bool = False
     average_shifts: int = 0
@@ -219,15 +212,9 @@ class Trainer:
         prior = drawn_shares(self.recipe, kept).float().to(self.device)
         self.log_prior = self.recipe.adjust_logits * prior.log()
 
-    def _check_labels(self) -> None:
-        recipe, given = self.recipe, self.train.labels
-        if self.epoch == 0 and recipe.judge:
-            logits = judge_by_folds(recipe.judge, self.train, self.seed, self.device)
-            self._learn_from(leave_out_doubted(logits, given))
-        if self.epoch in (round(share * recipe.epochs) for share in recipe.check_labels_at):
-            with fast_precision(self.device):
-                logits = predict_logits(self.net, self.pictures)
-            self._learn_from(mend(logits, given, self.labels.cpu()))
+    def _judge_labels(self) -> None:
+        logits = judge_by_folds(self.recipe.judge, self.train, self.seed, self.device)
+        self._learn_from(leave_out_doubted(logits, self.train.labels))
 
     def _draw_epoch(self) -> Tensor:
         torch.manual_seed(self.seed * 1_000_003 + self.epoch)  # far apart for any two seeds
@@ -235,7 +222,8 @@ class Trainer:
 
     def run_epoch(self) -> list[float]:
         """Train for one epoch; return the losses of its steps."""
-        self._check_labels()
+        if self.epoch == 0 and self.recipe.judge:
+            self._judge_labels()
         losses = []
         batches = self._draw_epoch().split(self.recipe.batch_size)
         for number, index in enumerate(batches):
@@ -275,8 +263,6 @@ class Trainer:
         else:
             pictures = as_input(flip_and_shift(self.shifts, index))
         targets = self.labels[index]
-        if recipe.warp:
-            pictures = warp(pictures, recipe.warp)
         if recipe.colour_change:
             pictures = change_colours(pictures, recipe.colour_change)
         if recipe.cutout:

@@ -13,7 +13,6 @@ from common.batches import (
     least_sampled,
     mix_up,
     shuffled,
-    warp,
     weighted,
 )
 
@@ -103,29 +102,6 @@ def test_flip_and_shift_equals_padding_cropping_and_mirroring_one_by_one():
 def _crop(source, top, left, mirrored):
     crop = source[:, top : top + 32, left : left + 32]
     return crop[:, :, ::-1] if mirrored else crop
-
-
-def test_warp_turns_and_zooms_within_its_bounds():
-    torch.manual_seed(0)
-    pictures = torch.zeros(400, 3, 32, 32)
-    pictures[:, :, 13:19, 23:29] = 1.0  # a square to the right of the middle
-    warped = warp(pictures, 0.5)
-    assert torch.equal(warped[200:], pictures[200:])
-    weight = warped[:200, 0] / warped[:200, 0].sum(dim=(1, 2), keepdim=True)
-    places = torch.arange(32) - 15.5
-    right, down = (weight.sum(dim=1) @ places), (weight.sum(dim=2) @ places)
-    angle, distance = torch.atan2(down, right).rad2deg(), torch.hypot(right, down)
-    assert 8 < angle.abs().max() < 18  # 10 degrees, and a little for the shear and stretch
-    assert abs(angle.mean()) < 1
-    assert 10 / 1.35 < distance.min() < 10 / 1.15
-    assert 10 * 1.15 < distance.max() < 10 * 1.35
-    area = warped[:200, 0].sum(dim=(1, 2)) / 36  # zoomed by z, a square takes z * z the room
-    assert 1 / 1.5 < area.min() < 1 / 1.3
-    assert 1.3 < area.max() < 1.5
-
-
-def test_warp_takes_a_batch_of_one():
-    assert warp(torch.rand(1, 3, 32, 32), 0.5).shape == (1, 3, 32, 32)
 
 
 def test_change_colours_changes_contrast_within_its_bounds_and_keeps_the_range():

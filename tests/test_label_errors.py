@@ -12,7 +12,7 @@ import label_errors
 from common import trainer
 from common.console import UserError
 from common.label_fixes import LabelFix, format_fixes, read_fixes, with_fixes
-from common.label_noise import LEFT_OUT, fit_sharpness, leave_out_doubted, mend, true_label_chances
+from common.label_noise import LEFT_OUT, fit_sharpness, leave_out_doubted, true_label_chances
 from label_errors import find_fixes, rate
 
 CPU = torch.device("cpu")
@@ -64,20 +64,6 @@ def test_doubted_labels_are_left_out_but_a_class_wholly_doubted_is_kept():
     assert torch.equal(learnt[~doubted], given[~doubted])
     logits[given == 2] = torch.tensor([8.0, 0.0, 0.0], dtype=torch.float64)
     assert (leave_out_doubted(logits, given)[given == 2] == 2).all()
-
-
-def test_mend_takes_sure_labels_and_keeps_out_what_was_out():
-    given, true, logits = noisy_set()
-    chances = true_label_chances(logits, given)
-    learnt = given.clone()
-    learnt[:500] = LEFT_OUT
-    mended = mend(logits, given, learnt)
-    sure = chances.max(dim=1).values > 0.9
-    assert torch.equal(mended[sure], chances.argmax(dim=1)[sure])
-    assert (mended[:500][~sure[:500]] == LEFT_OUT).all()
-    assert ((mended == given) | (mended == LEFT_OUT))[~sure].all()
-    changed = (mended != given) & (mended != LEFT_OUT)
-    assert (mended == true)[changed].double().mean() > 0.9
 
 
 def test_fixes_are_ranked_and_those_more_likely_wrong_than_right_accepted():

@@ -74,14 +74,14 @@ def test_kept_memory_changes_no_result(train):
     assert torch.equal(before, predict_logits(fit(QUICK, train, 0, CPU), train.pictures))
 
 
-def test_a_run_that_goes_on_from_a_state_ends_like_one_that_never_stopped(train):
+def test_a_run_that_goes_on_from_a_state_ends_like_one_that_never_stopped(train, monkeypatch):
+    monkeypatch.setattr(trainer, "judge_by_folds", lambda *settings: doubting_logits(train.labels))
     mixing = {
         "network": "BestNet",
         "optimizer": "muon",
         "sampler": "weighted",
-        "warp": 0.5,
         "mixup": 0.5,
-        "check_labels_at": (0.5,),
+        "judge": QUICK,
         "average_weights": 0.9,
     }
     for changes in ({"sampler": "strict"}, mixing):
@@ -131,30 +131,19 @@ def test_adjusted_logits_make_the_loss_that_of_the_drawn_shares(train):
     assert loss == pytest.approx(expected, rel=0.02)
 
 
-def sure_logits(labels):
-    return 9 * nn.functional.one_hot(labels, 3).float()
+def doubting_logits(labels):
+    """Logits of judges who are sure that the first two labels are wrong, and all others right."""
+    thought = labels.clone()
+    thought[:2] = (thought[:2] + 1) % 3
+    return 9 * nn.functional.one_hot(thought, 3).float()
 
 
 def test_what_judges_doubt_is_not_learnt_from(train, monkeypatch):
-    logits = sure_logits(train.labels)
-    logits[:2] = sure_logits((train.labels[:2] + 1) % 3)
-    monkeypatch.setattr(trainer, "judge_by_folds", lambda *settings: logits)
+    monkeypatch.setattr(trainer, "judge_by_folds", lambda *settings: doubting_logits(train.labels))
     judged = Trainer(replace(QUICK, sampler="weighted", judge=QUICK), train, 0, CPU)
     judged.run_epoch()
     assert judged.labels.tolist() == [-1, -1, *train.labels[2:].tolist()]
     assert not {0, 1} & set(torch.cat([judged._draw_epoch() for _ in range(20)]).tolist())
-
-
-def test_the_nets_own_check_mends_labels_in_the_middle_of_the_run(train, monkeypatch):
-    truth = train.labels.clone()
-    truth[:2] = (truth[:2] + 1) % 3
-    monkeypatch.setattr(trainer, "predict_logits", lambda *settings: sure_logits(truth))
-    checked = Trainer(replace(QUICK, epochs=4, check_labels_at=(0.5,)), train, 0, CPU)
-    for _ in range(2):
-        checked.run_epoch()
-        assert torch.equal(checked.labels, train.labels)
-    checked.run_epoch()
-    assert torch.equal(checked.labels, truth)
 
 
 def test_the_net_is_the_average_that_the_recipe_asks_for(train):
