@@ -33,7 +33,7 @@ RECIPE = replace(
     epochs=5,
     colour_change=0.2,
     cutout=8,
-    judge=replace(JUDGE, epochs=24),
+    judge=replace(JUDGE, epochs=28),
 )
 DEV_NETS = 2  # of each kind
 # A label is worth a look when its chance to be right is below DOUBTFUL, and the suggestion is
