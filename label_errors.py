@@ -37,8 +37,8 @@ RECIPE = replace(
 )
 DEV_NETS = 2  # of each kind
 # A label is worth a look when its chance to be right is below DOUBTFUL, and the suggestion is
-# accepted unasked below WRONG. The chances trust a little too much: two in five of the course's
-# labels with chances from 0.5 to 0.65 turned out wrong when looked at.
+# accepted unasked below WRONG. The chances trust a little too much: of the course's labels with
+# chances from 0.5 to 0.65, more than half turned out wrong when looked at.
 DOUBTFUL = 0.8
 WRONG = 0.65
 ROWS_SHOWN = 12  # of the ranked table at the terminal

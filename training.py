@@ -358,8 +358,10 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
         )
     for ax in (score_ax, recall_ax):
         ax.set_ylim(0, 1.02)
-    score_ax.set_ylabel("score on dev")
-    recall_ax.set_ylabel("recall on dev")
+    averages_views = recipe["average_flips"] or recipe["average_shifts"]
+    one_view = ", one view a picture" if averages_views else ""  # see _look_at
+    score_ax.set_ylabel(f"score on dev{one_view}")
+    recall_ax.set_ylabel(f"recall on dev{one_view}")
     count = len(summary["runs"])
     seeds = f", mean and range of {count} seeds" if count > 1 else ""
     figure.suptitle(f"Recipe {summary['recipe']['name']}{seeds}")
