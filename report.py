@@ -334,7 +334,11 @@ def hand_in_name(text: str) -> Path:
 def main() -> None:
     """Run all steps, write the page, and pack them if asked to."""
     parser = console.make_parser(__doc__, several_seeds=True)
-    parser.add_argument("--full", action="store_true", help="train the recipes best and robust too")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="run tuning.py and train the recipes best and robust too",
+    )
     parser.add_argument("--fresh", action="store_true", help="run all steps anew")
     parser.add_argument(
         "--hand-in", type=hand_in_name, metavar="NAME", help="pack it all into NAME.zip"

@@ -22,7 +22,7 @@ from common.dataset import Dataset, open_source
 from common.label_fixes import read_fixes
 from common.trainer import Recipe, fit
 from evaluation import evaluate
-from training import BEST, TUNED
+from training import BEST, TUNED, with_epochs
 
 FOLDS = 3
 ADAM = {"optimizer": "adam", "learning_rate": 3e-3, "weight_decay": 0.0}  # its best settings
@@ -33,7 +33,7 @@ LEFT_OUT = {
     "squares cut out": {"cutout": 0},
     "mixup": {"mixup": 0.0},
     "one cycle of the rate": {"schedule": "steps"},
-    "draws by root of size": {"balance": 1.0, "adjust_logits": 0.0},
+    "draws by root of size, adjusted logits": {"balance": 1.0, "adjust_logits": 0.0},
     "weight decay": {"weight_decay": 0.0},
     "judges of the labels": {"judge": None},
     "mirror images at the end": {"average_flips": False},
@@ -67,15 +67,26 @@ def score(
 def main() -> None:
     """Print the table: mean and spread over the folds, and what each ingredient gives."""
     parser = console.make_parser(__doc__)
-    parser.add_argument("--recipe", choices=[TUNED.name, BEST.name], default=TUNED.name)
-    parser.add_argument("--epochs", type=console.positive_whole_number)
-    parser.add_argument("--label-fixes", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--recipe", choices=[TUNED.name, BEST.name], default=TUNED.name, help="whose ingredients"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=console.positive_whole_number,
+        help="how many, in place of the recipe's own",
+    )
+    parser.add_argument(
+        "--label-fixes",
+        type=Path,
+        metavar="FILE",
+        help="of label_errors.py; pictures that it doubts do not judge",
+    )
     arguments = parser.parse_args()
     train = open_source(arguments.data, arguments.data_seed).load("train", arguments.quick)
     fixes = read_fixes(arguments.label_fixes, train) if arguments.label_fixes else []
     doubted = [fix.index for fix in fixes]
     recipe = {each.name: each for each in (TUNED, BEST)}[arguments.recipe]
-    variants = variants_of(replace(recipe, epochs=arguments.epochs or recipe.epochs))
+    variants = variants_of(with_epochs(recipe, arguments.epochs, arguments.quick))
     splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=arguments.seed)
     folds = list(splitter.split(train.pictures, train.labels))
     jobs = [

@@ -270,7 +270,7 @@ def rows_of(results: dict[str, list[Any]]) -> list[list[str]]:
             f"{best_score:.3f}",
         ),
         row(
-            f"ours, {SPRINT_EPOCHS[chosen]} epochs",
+            f"ours without dropout, epochs: {SPRINT_EPOCHS[chosen]}",
             sprint_times,
             to_best,
             f"{sprint_scores[chosen]:.3f}",

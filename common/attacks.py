@@ -3,7 +3,7 @@
 All take pictures in [0, 1] and give back pictures in [0, 1]. Epsilon is in pixel units: 0.05 lets
 each pixel change by 5% of full brightness, whatever the net does to pixels inside. The norm is
 L-infinity everywhere: no pixel of no channel moves by more than epsilon. The net has to be in
-evaluation mode, and is left as it was.
+evaluation mode, and is left as it was; `change_answers` alone, of training, takes it as it is.
 """
 
 from collections.abc import Callable

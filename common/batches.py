@@ -91,8 +91,9 @@ def change_colours(pictures: Tensor, strength: float) -> Tensor:
 
     Args:
         pictures: float in [0, 1], [B, 3, 32, 32].
-        strength: contrast changes by a factor of 1 - strength to 1 + strength; brightness, and
-            each of red, green and blue against the others, by half of that.
+        strength: contrast changes by a factor of 1 - strength to 1 + strength. Up to half of
+            strength is added to or taken from the brightness, and up to half of strength times
+            the picture's mean to or from each of red, green and blue.
     """
 
     def between(low: float, high: float, channels: int = 1) -> Tensor:

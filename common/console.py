@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
+LARGEST_NUMBER = 4_000_000_000  # numpy takes seeds of 32 bits
 
 
 class UserError(Exception):
@@ -77,9 +78,11 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
 
 
 def natural_number(text: str) -> int:
-    """Read an option's value as a whole number of at least 0."""
+    """Read an option's value as a whole number from 0 to LARGEST_NUMBER."""
     if not re.fullmatch(r"\d{1,18}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    if int(text) > LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST_NUMBER}")
     return int(text)
 
 

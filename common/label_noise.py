@@ -10,9 +10,8 @@ from torch import Tensor
 
 from common.dataset import CLASS_NAMES
 
-# Nets that learn from altered pictures are too modest: their logits are multiplied by this. For
-# nets that have not learnt the labels that they judge, it can be estimated; else this value is a
-# careful one.
+# Nets that learn from altered pictures are underconfident: their logits are multiplied by this, the
+# inverse of a temperature. It can be estimated; this value is a careful one.
 SHARPNESS = 1.5
 SHARPNESSES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 ROUNDS = 50  # of the estimate; it settles long before

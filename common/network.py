@@ -1,4 +1,4 @@
-"""The course's small convolutional net, and checkpoints that can rebuild it alone."""
+"""The nets, the course's and our own, and checkpoints that can rebuild them alone."""
 
 import copy
 import functools
@@ -122,8 +122,9 @@ class BestNet(Network):
     """A net of our own for the recipe `best`: seven convolutions, 0.3 million parameters.
 
     The plan is that of VGG (Simonyan and Zisserman, 2015): stages of two 3x3 convolutions, each
-    stage half as wide and twice as deep as the one before. Batch normalisation (Ioffe and
-    Szegedy, 2015) stands behind the pooling, where it has a quarter of the work.
+    stage with half the resolution and twice the channels of the one before. The first batch
+    normalisation (Ioffe and Szegedy, 2015) of a stage stands behind the pooling, where it has a
+    quarter of the work.
     """
 
     WIDTHS = (16, 32, 64, 128)
@@ -220,8 +221,8 @@ def save_checkpoint(
 
     How the training went, and what it needs to go on, may stand beside them.
 
-    The weights have the course's own names and are trained on the course's own range, so that
-    the course's evaluation script loads the file as well.
+    The weights of CourseNet have the course's own names and are trained on the course's own
+    range, so that the course's evaluation script loads its files as well.
     """
     weights = {name: weight.detach().cpu() for name, weight in net.state_dict().items()}
     content = {

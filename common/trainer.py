@@ -54,7 +54,7 @@ class Recipe:
         adjust_logits: adds so many times the log of each class's share in the draws to its logit
             in training, so that without it the net is fair to classes that are drawn less (Menon
             et al., 2021). 0 for nothing; more than 1 favours them, as they are learnt less well.
-        plain_share: share of the epochs before pictures are altered; 1 for never.
+        plain_share: share of the epochs before flips and shifts start; 1 for never.
         colour_change: how much brightness, contrast and colours are altered, 0 to 1.
         cutout: sides, in pixels, of the square of each picture that is painted grey; 0 for none.
         mixup: alpha of mixup; 0 for none.
@@ -63,8 +63,8 @@ class Recipe:
         trades_beta: how much it counts that the net's answer stays the same under such noise,
             beside that it is right (beta of Zhang et al., 2019).
         judge: before the training, nets are trained by this recipe on parts of the set, and each
-            judges the labels of the part left out; what they find more likely wrong than right
-            is not learnt from. None for no judges.
+            judges the labels of the part left out; where another is more likely than the one
+            given, the picture is not learnt from. None for no judges.
         average_weights: the net that counts is a moving average of the weights; each step keeps
             this share of it (Polyak and Juditsky, 1992). 0 for the last weights.
         average_flips: the net, once trained, gives the mean of a picture's logits and its mirror
@@ -141,7 +141,7 @@ def make_sampler(recipe: Recipe, labels: Tensor) -> Iterator[Tensor]:
 
 
 def divergence(logits: Tensor, others: Tensor) -> Tensor:
-    """Return the mean Kullback-Leibler divergence of other answers from these, both [B, C]."""
+    """Return the mean Kullback-Leibler divergence of these answers from others, both [B, C]."""
     return F.kl_div(others.log_softmax(dim=1), logits.softmax(dim=1), reduction="batchmean")
 
 

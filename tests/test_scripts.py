@@ -62,6 +62,7 @@ def test_help_shows_an_example_and_defaults(script, run_script):
 
 BAD_OPTIONS = {
     ("--data", "nowhere"): "no such folder",
+    ("--seed", "4000000001"): "4000000001 is more than 4000000000",
     ("--seed", "-1"): "'-1' is not a whole number of at least 0",
     ("--seed", "x"): "'x' is not a whole number",
     ("--device", "abacus"): "--device abacus: not on this machine",

@@ -138,6 +138,29 @@ def test_label_fixes_are_trained_on_and_those_of_other_data_refused(
     assert "fingerprint 0123456789ab; the data here is course, train" in error
 
 
+def test_label_fixes_that_leave_a_class_empty_are_refused(tmp_path, train):
+    cats = torch.nonzero(train.labels == 2).flatten().tolist()
+    path = tmp_path / "fixes.csv"
+    path.write_text(format_fixes(train, [LabelFix(index, 2, 0, 0.9) for index in cats]))
+    with pytest.raises(console.UserError, match="leaves no cat to learn from"):
+        training.mend_labels(train, path)
+
+
+def test_a_net_of_other_labels_is_neither_taken_nor_overwritten(
+    run_script, course_folder, tmp_path, train
+):
+    index = int(torch.nonzero(train.labels == 2)[0])
+    fixes = tmp_path / "fixes.csv"
+    fixes.write_text(format_fixes(train, [LabelFix(index, 2, 0, 0.9)]))
+    options = ("--data", course_folder, "--out", "out")
+    assert run_script(training, *options, "--epochs", 1, "--label-fixes", fixes)[0] == 0
+    before = (tmp_path / "out/final.ckpt").read_bytes()
+    status, _, error = run_script(training, *options, "--show-mismatch")
+    assert status == 2
+    assert "is a net of other pictures or labels" in error
+    assert (tmp_path / "out/final.ckpt").read_bytes() == before
+
+
 def test_summary_has_means_and_spread_over_seeds(train, dev):
     runs = [run_once(QUICK, seed, train, dev) for seed in (0, 1, 2)]
     summary = training.summarise(runs)
