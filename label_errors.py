@@ -74,21 +74,24 @@ def find_fixes(dataset: Dataset, logits: Tensor) -> list[LabelFix]:
     """Return the labels in doubt, the most doubtful first.
 
     cleanlab (Northcutt et al., "Confident learning", 2021) ranks them, by the chances of each
-    picture's true label. Accepted is what is below WRONG; what is merely in doubt is for a person
-    to decide.
+    picture's true label. Accepted is what is below WRONG, unless nothing would be left of a class;
+    what is merely in doubt is for a person to decide.
     """
     sharpness = fit_sharpness(logits, dataset.labels)
     chances = true_label_chances(logits, dataset.labels, sharpness)
     labels = dataset.labels.numpy()
     quality = get_label_quality_scores(labels, chances.numpy(), method="self_confidence")
     others = chances.scatter(1, dataset.labels[:, None], 0.0)
+    wrong = quality < WRONG
+    for label in range(len(CLASS_NAMES)):
+        wrong[labels == label] &= not wrong[labels == label].all()  # a class must not vanish
     return [
         LabelFix(
             index=int(index),
             given=int(labels[index]),
             suggested=int(others[index].argmax()),
             confidence=float(others[index].max()),
-            accept=bool(quality[index] < WRONG),
+            accept=bool(wrong[index]),
         )
         for index in np.argsort(quality, kind="stable")
         if quality[index] < DOUBTFUL

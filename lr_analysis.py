@@ -127,9 +127,12 @@ def range_test(
 
 
 def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """Return the rate at which the smoothed loss falls most steeply over log(rate)."""
+    """Return the rate at which the smoothed loss falls most steeply over log(rate).
+
+    Up to its lowest point only: where it leaps and falls back, it learns nothing.
+    """
     smoothed = smooth(losses)
-    usable = int(np.isfinite(smoothed).sum())
+    usable = max(2, int(np.nanargmin(smoothed)) + 1)
     slope = np.gradient(smoothed[:usable], np.log(rates[:usable]))
     return float(rates[int(slope.argmin())])
 

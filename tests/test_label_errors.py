@@ -66,7 +66,7 @@ def test_doubted_labels_are_left_out_but_a_class_wholly_doubted_is_kept():
     assert (leave_out_doubted(logits, given)[given == 2] == 2).all()
 
 
-def test_fixes_are_ranked_and_those_more_likely_wrong_than_right_accepted():
+def test_fixes_are_ranked_and_the_most_doubtful_accepted():
     given, _, logits = noisy_set()
     dataset = replace(make_dataset(), labels=given, pictures=torch.zeros(len(given), 3, 1, 1))
     fixes = find_fixes(dataset, logits)
@@ -79,7 +79,17 @@ def test_fixes_are_ranked_and_those_more_likely_wrong_than_right_accepted():
     for fix in fixes:
         assert fix.given == given[fix.index] != fix.suggested
         assert fix.confidence == chances[fix.index, fix.suggested]
-        assert fix.accept == (quality[fix.index] < 0.65)
+        assert fix.accept == (quality[fix.index] < label_errors.WRONG)
+
+
+def test_no_class_is_accepted_as_wholly_wrong():
+    given, _, logits = noisy_set()
+    logits[given == 2] = torch.tensor([8.0, 0.0, 0.0], dtype=torch.float64)
+    dataset = replace(make_dataset(), labels=given, pictures=torch.zeros(len(given), 3, 1, 1))
+    fixes = find_fixes(dataset, logits)
+    of_cats = [fix for fix in fixes if fix.given == 2]
+    assert len(of_cats) == (given == 2).sum()
+    assert not any(fix.accept for fix in of_cats)
 
 
 def test_rates_of_a_hand_worked_example():

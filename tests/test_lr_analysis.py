@@ -119,6 +119,8 @@ def test_suggestion_is_where_the_loss_falls_most_steeply():
     rates = np.geomspace(1e-6, 1, 200)
     losses = 1.1 - 0.8 / (1 + np.exp(-8 * (np.log10(rates) + 3)))  # falls around 1e-3
     assert suggest_rate(rates, losses) == pytest.approx(1e-3, rel=0.8)
+    losses[150:] = 9 - 2 * np.log(np.arange(1, 51))  # leaps, and falls back more steeply
+    assert suggest_rate(rates, losses) == pytest.approx(1e-3, rel=0.8)
     losses[150:] = np.nan
     assert suggest_rate(rates, losses) == pytest.approx(1e-3, rel=0.8)
 
