@@ -20,7 +20,13 @@ from torch import Tensor
 from common import console, figures, machine
 from common.dataset import CLASS_NAMES, PARTS, Dataset, describe, open_source
 from common.label_fixes import LabelFix, format_fixes, with_fixes
-from common.label_noise import LEFT_OUT, fit_sharpness, leave_out_doubted, true_label_chances
+from common.label_noise import (
+    LEFT_OUT,
+    fit_sharpness,
+    keep_classes,
+    leave_out_doubted,
+    true_label_chances,
+)
 from common.results import Results
 from common.trainer import Recipe, judge, judge_by_folds
 from training import BEST, JUDGE, with_epochs
@@ -82,16 +88,14 @@ def find_fixes(dataset: Dataset, logits: Tensor) -> list[LabelFix]:
     labels = dataset.labels.numpy()
     quality = get_label_quality_scores(labels, chances.numpy(), method="self_confidence")
     others = chances.scatter(1, dataset.labels[:, None], 0.0)
-    wrong = quality < WRONG
-    for label in range(len(CLASS_NAMES)):
-        wrong[labels == label] &= not wrong[labels == label].all()  # a class must not vanish
+    kept = keep_classes(torch.from_numpy(quality >= WRONG), dataset.labels)
     return [
         LabelFix(
             index=int(index),
             given=int(labels[index]),
             suggested=int(others[index].argmax()),
             confidence=float(others[index].max()),
-            accept=bool(wrong[index]),
+            accept=not kept[index],
         )
         for index in np.argsort(quality, kind="stable")
         if quality[index] < DOUBTFUL

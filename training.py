@@ -453,22 +453,20 @@ def load_or_train(
             raise UserError("--pixel-range speaks of a checkpoint; name one by --checkpoint")
         if train is None:
             raise UserError("no training set here to train a net on; name one by --checkpoint")
-        if not is_trained_on(path, train):
-            if path.exists():
-                other = f"{path}: is a net of other pictures or labels"
-                raise UserError(f"{other}; name it by --checkpoint, or train {FINAL.name} anew")
+        if not path.exists():
             print(f"{path}: no net of this data yet; training recipe {FINAL.name}")
             recipe = with_epochs(FINAL, None, arguments.quick)
             list(train_all([recipe], [seed], results, train, dev, device))
+        elif not is_trained_on(path, train):
+            other = f"{path}: is a net of other pictures or labels"
+            raise UserError(f"{other}; name it by --checkpoint, or train {FINAL.name} anew")
     net, about = load_checkpoint(path, arguments.pixel_range)
     print(f"the net: {path}, {in_words(about)}\n")
     return net.to(device), {"file": path.name, **about}
 
 
 def is_trained_on(path: Path, train: Dataset) -> bool:
-    """Tell whether a checkpoint is there, and of a net trained on this very set."""
-    if not path.exists():
-        return False
+    """Tell whether a checkpoint is of a net trained on this very set."""
     trained_on = load_checkpoint(path)[1].get("trained_on", {})
     return trained_on.get("fingerprint") == train.fingerprint
 

@@ -62,5 +62,10 @@ def leave_out_doubted(logits: Tensor, labels: Tensor) -> Tensor:
     A class of which nothing would be left is kept whole.
     """
     trusted = true_label_chances(logits, labels).argmax(dim=1) == labels
-    kept = torch.bincount(labels[trusted], minlength=len(CLASS_NAMES))
-    return labels.where(trusted | (kept[labels] == 0), LEFT_OUT)
+    return labels.where(keep_classes(trusted, labels), LEFT_OUT)
+
+
+def keep_classes(trusted: Tensor, labels: Tensor) -> Tensor:
+    """Return which labels to keep, bool [N]: those trusted, and all of a class that has none."""
+    left = torch.bincount(labels[trusted], minlength=len(CLASS_NAMES))
+    return trusted | (left[labels] == 0)

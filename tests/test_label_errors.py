@@ -79,7 +79,7 @@ def test_fixes_are_ranked_and_the_most_doubtful_accepted():
     for fix in fixes:
         assert fix.given == given[fix.index] != fix.suggested
         assert fix.confidence == chances[fix.index, fix.suggested]
-        assert fix.accept == (quality[fix.index] < label_errors.WRONG)
+        assert fix.accept == (quality[fix.index] < 0.6)
 
 
 def test_no_class_is_accepted_as_wholly_wrong():
