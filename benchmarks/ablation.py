@@ -66,7 +66,7 @@ def score(
 
 def main() -> None:
     """Print the table: mean and spread over the folds, and what each ingredient gives."""
-    parser = console.make_parser(__doc__)
+    parser = console.make_parser(__doc__, benchmark=True)
     parser.add_argument(
         "--recipe", choices=[TUNED.name, BEST.name], default=TUNED.name, help="whose ingredients"
     )

@@ -76,7 +76,7 @@ def compare(
 
 def main() -> None:
     """Print the table."""
-    parser = console.make_parser(__doc__)
+    parser = console.make_parser(__doc__, benchmark=True)
     parser.add_argument(
         "--checkpoints",
         type=Path,

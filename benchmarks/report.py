@@ -89,7 +89,7 @@ def seconds_of_attacks(net: nn.Module, train: Dataset, dev: Dataset) -> float:
 
 def main() -> None:
     """Print the table."""
-    arguments = console.make_parser(__doc__).parse_args()
+    arguments = console.make_parser(__doc__, benchmark=True).parse_args()
     source = open_source(arguments.data, arguments.data_seed)
     train, dev = source.load("train", arguments.quick), source.load("dev", arguments.quick)
     torch.manual_seed(arguments.seed)

@@ -79,7 +79,7 @@ def attack_in_turn(
 
 def main() -> None:
     """Print the table."""
-    parser = console.make_parser(__doc__)
+    parser = console.make_parser(__doc__, benchmark=True)
     parser.add_argument(
         "--checkpoints", type=Path, nargs="+", default=[MODELS / "robust.ckpt"], metavar="FILE"
     )

@@ -321,7 +321,7 @@ def explain(numbers: dict[str, Any]) -> str:
 
 def main() -> None:
     """Let all contestants take turns; print one table and three sentences."""
-    parser = console.make_parser(__doc__)
+    parser = console.make_parser(__doc__, benchmark=True)
     parser.add_argument(
         "--full", action="store_true", help="train the report's loop for all its 100 epochs"
     )

@@ -37,8 +37,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
-def make_parser(description: str | None, several_seeds: bool = False) -> argparse.ArgumentParser:
-    """Return a parser with the options that all scripts share; a script adds its own."""
+def make_parser(
+    description: str | None, several_seeds: bool = False, benchmark: bool = False
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that all scripts share; a script adds its own.
+
+    A benchmark prints, writes no files, and measures the CPU: it has no --device and no --out.
+    """
     parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--data",
@@ -62,15 +67,16 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
         parser.add_argument(
             "--seed", type=natural_number, default=0, help="seed of all that is random"
         )
-    parser.add_argument(
-        "--device", default="auto", help="auto takes the first there is of cuda, mps, cpu"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="folder for all that this run writes; without it, results/<data>",
-    )
+    if not benchmark:
+        parser.add_argument(
+            "--device", default="auto", help="auto takes the first there is of cuda, mps, cpu"
+        )
+        parser.add_argument(
+            "--out",
+            metavar="DIR",
+            type=Path,
+            help="folder for all that this run writes; without it, results/<data>",
+        )
     parser.add_argument(
         "--quick", action="store_true", help="a dry run on tiny settings; its numbers mean nothing"
     )
