@@ -36,10 +36,13 @@ from training import BEST, JUDGE, with_epochs
 RECIPE = replace(
     BEST,
     name="label-errors",
+    network="BestNet",
     epochs=5,
+    weight_decay=0.1,
     adjust_logits=1.0,
     colour_change=0.2,
     cutout=8,
+    sketch_epochs=0,
     judge=replace(JUDGE, epochs=28),
 )
 DEV_NETS = 2  # of each kind

@@ -93,16 +93,19 @@ TUNED = replace(
 )
 # Judges of labels have to be fair to all classes beforehand.
 JUDGE = replace(TUNED, name="judge", adjust_logits=1.0)
-# A bigger net learns wrong labels by heart: hence judges of the labels.
+# A bigger net learns wrong labels by heart: hence judges of the labels. And it has room for shapes
+# that 200 cats are too few to learn from: hence sketches, of which there are as many as one likes.
 BEST = replace(
     TUNED,
     name="best",
-    network="BestNet",
-    epochs=24,
+    network="BestPair",
+    epochs=30,
     batch_size=128,
+    weight_decay=0.6,
     colour_change=0.4,
     cutout=14,
     mixup=0.2,
+    sketch_epochs=6,
     judge=JUDGE,
 )
 # Pictures under attack are hard enough to learn: what makes them harder still is left out, and the
@@ -111,11 +114,14 @@ BEST = replace(
 ROBUST = replace(
     BEST,
     name="robust",
+    network="BestNet",
     epochs=28,
+    weight_decay=0.1,
     adjust_logits=1.0,
     colour_change=0.2,
     cutout=0,
     mixup=0.0,
+    sketch_epochs=0,
     attack_epsilon=8 / 255,
     trades_beta=4.0,
     average_weights=0.995,
@@ -558,7 +564,7 @@ def main() -> None:
     parser.add_argument(
         "--epochs",
         type=console.positive_whole_number,
-        help="how many, in place of the recipe's own; its judges keep theirs",
+        help="how many, in place of the recipe's own; its judges and sketches keep theirs",
     )
     parser.add_argument(
         "--label-fixes",

@@ -35,6 +35,7 @@ LEFT_OUT = {
     "one cycle of the rate": {"schedule": "steps"},
     "draws by root of size, adjusted logits": {"balance": 1.0, "adjust_logits": 0.0},
     "weight decay": {"weight_decay": 0.0},
+    "sketches beforehand": {"sketch_epochs": 0},
     "judges of the labels": {"judge": None},
     "mirror images at the end": {"average_flips": False},
     "shifted views at the end": {"average_shifts": 0},

@@ -44,6 +44,12 @@ def keep_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def progress_bar(total: int, name: str) -> tqdm:
+    """Return a bar that vanishes when all is done; one that shows nothing within `side_by_side`."""
+    disable = True if parent_process() is not None else None
+    return tqdm(total=total, desc=name, leave=False, disable=disable)
+
+
 def side_by_side(
     function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], device: torch.device, name: str
 ) -> Iterator[Any]:

@@ -70,10 +70,11 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move all weights once, by their gradients."""
+        """Move all weights that have a gradient once."""
         for group in self.param_groups:
             for weight in group["params"]:
-                self._move(weight, group["lr"], group["weight_decay"])
+                if weight.grad is not None:
+                    self._move(weight, group["lr"], group["weight_decay"])
 
     def _move(self, weight: Tensor, learning_rate: float, weight_decay: float) -> None:
         state = self.state[weight]

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from common.batches import (
     shuffled,
     weighted,
 )
-from common.dataset import CLASS_NAMES, Dataset, as_input
+from common.dataset import CLASS_NAMES, Dataset, as_input, draw_practice
 from common.label_noise import LEFT_OUT, leave_out_doubted
 from common.muon import Muon
 from common.network import build_network, fast_precision, predict_logits
@@ -62,6 +62,9 @@ class Recipe:
             of this size against it, in pixel units; 0 for never.
         trades_beta: how much it counts that the net's answer stays the same under such noise,
             beside that it is right (beta of Zhang et al., 2019).
+        sketch_epochs: before the training, the net learns from pictures that the project draws
+            itself (common/sketches.py), as many as the set has and equally many of each class,
+            for so many epochs; 0 for none.
         judge: before the training, nets are trained by this recipe on parts of the set, and each
             judges the labels of the part left out; where another is more likely than the one
             given, the picture is not learnt from. None for no judges.
@@ -92,6 +95,7 @@ class Recipe:
     mixup: float = 0.0
     attack_epsilon: float = 0.0
     trades_beta: float = 0.0
+    sketch_epochs: int = 0
     judge: "Recipe | None" = None
     average_weights: float = 0.0
     average_flips: bool = False
@@ -216,12 +220,21 @@ class Trainer:
         logits = judge_by_folds(self.recipe.judge, self.train, self.seed, self.device)
         self._learn_from(leave_out_doubted(logits, self.train.labels))
 
+    def _learn_from_sketches(self) -> None:
+        recipe = replace(self.recipe, epochs=self.recipe.sketch_epochs, sketch_epochs=0, judge=None)
+        sketches = draw_practice(len(self.train), self.seed)
+        with machine.progress_bar(recipe.epochs, "sketches") as bar:
+            net = fit(recipe, sketches, self.seed, self.device, lambda *_: bar.update())
+        self.training_net.load_state_dict(net.state_dict())
+
     def _draw_epoch(self) -> Tensor:
         torch.manual_seed(self.seed * 1_000_003 + self.epoch)  # far apart for any two seeds
         return self.trusted[next(self.sampler).to(self.trusted.device)]
 
     def run_epoch(self) -> list[float]:
         """Train for one epoch; return the losses of its steps."""
+        if self.epoch == 0 and self.recipe.sketch_epochs:
+            self._learn_from_sketches()
         if self.epoch == 0 and self.recipe.judge:
             self._judge_labels()
         losses = []

@@ -7,7 +7,7 @@ import torch
 from conftest import COURSE_DATA, make_dataset, needs_course_data, write_course_pickle
 
 from common import cifar10, dataset, sketches
-from common.console import UserError
+from common.console import LARGEST_NUMBER, UserError
 from common.dataset import CLASS_COUNTS, Dataset, as_input, mislabel, open_source
 from common.picture_folder import write_folder
 
@@ -254,6 +254,15 @@ def test_cifar10_out_of_reach_fails_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(cifar10, "answers", lambda: False)
     with pytest.raises(UserError, match="cifar10: not in .* not reached"):
         open_source("cifar10").load("train")
+
+
+def test_practice_has_equally_many_of_each_class_and_none_of_the_source():
+    practice = dataset.draw_practice(30, seed=0)
+    assert practice.class_counts == [10, 10, 10]
+    assert practice.pictures.dtype == torch.uint8 and practice.pictures.shape == (30, 3, 32, 32)
+    assert not torch.equal(practice.pictures, dataset.draw_practice(30, seed=1).pictures)
+    last_seed_of_the_source = LARGEST_NUMBER * len(dataset.PARTS) + len(dataset.PARTS) - 1
+    assert last_seed_of_the_source < dataset.FIRST_PRACTICE_SEED
 
 
 def test_auto_prefers_pickles_then_cifar10_then_sketches(monkeypatch, tmp_path, train, capsys):

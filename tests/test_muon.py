@@ -17,9 +17,10 @@ def test_singular_values_come_near_1_and_singular_vectors_stay(shape):
     assert (turned.diag()[large] - 1).abs().max() < 0.35
 
 
-def test_a_gradient_of_zero_moves_nothing():
+@pytest.mark.parametrize("gradient", [torch.zeros(4, 6), None])
+def test_a_gradient_of_zero_or_none_at_all_moves_nothing(gradient):
     weight = nn.Parameter(torch.ones(4, 6))
-    weight.grad = torch.zeros(4, 6)
+    weight.grad = gradient
     Muon([weight], 0.1).step()
     assert torch.equal(weight.data, torch.ones(4, 6))
 

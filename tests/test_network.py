@@ -175,10 +175,11 @@ def test_the_reports_net_gives_the_reports_two_rows():
         assert ours == pytest.approx(row, abs=0.0005)
 
 
-def test_best_net_is_small_and_its_checkpoint_rebuilds_it(tmp_path):
+@pytest.mark.parametrize(("name", "size"), [("BestNet", 291_795), ("BestPair", 2 * 291_795)])
+def test_our_own_nets_are_small_and_their_checkpoints_rebuild_them(name, size, tmp_path):
     torch.manual_seed(0)
-    net = build_network("BestNet", average_flips=True)
-    assert sum(weight.numel() for weight in net.parameters()) == 291_795
+    net = build_network(name, average_flips=True)
+    assert sum(weight.numel() for weight in net.parameters()) == size
     net(torch.rand(8, 3, 32, 32))  # moves the statistics of batch normalisation
     save_checkpoint(tmp_path / "net.ckpt", net.eval(), {"seed": 0})
     again, about = load_checkpoint(tmp_path / "net.ckpt")
@@ -186,6 +187,17 @@ def test_best_net_is_small_and_its_checkpoint_rebuilds_it(tmp_path):
     assert torch.equal(net(pictures), again(pictures))
     assert about == {"seed": 0}
     assert (tmp_path / "net.ckpt").stat().st_size < 4e6
+
+
+def test_a_pair_learns_from_half_a_batch_each_and_answers_with_the_mean():
+    torch.manual_seed(0)
+    pair, pictures = build_network("BestPair"), torch.rand(6, 3, 32, 32)
+    with torch.no_grad():
+        first, second = (pair.nets[i].train()(pictures[3 * i : 3 * i + 3]) for i in range(2))
+        torch.testing.assert_close(pair.train()(pictures), torch.cat([first, second]))
+        answers = torch.stack([net.eval()(pictures) for net in pair.nets])
+        torch.testing.assert_close(pair.eval()(pictures), answers.mean(dim=0))
+    assert not torch.equal(answers[0], answers[1])
 
 
 def test_average_flips_gives_mirror_images_the_same_logits_once_trained():

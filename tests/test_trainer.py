@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common import machine, trainer
-from common.dataset import as_input
+from common.dataset import as_input, draw_practice
 from common.network import build_network, predict_logits
 from common.trainer import Recipe, Trainer, drawn_shares, fit, learning_rate_at, train_step
 from evaluation import evaluate
@@ -77,10 +77,11 @@ def test_kept_memory_changes_no_result(train):
 def test_a_run_that_goes_on_from_a_state_ends_like_one_that_never_stopped(train, monkeypatch):
     monkeypatch.setattr(trainer, "judge_by_folds", lambda *settings: doubting_logits(train.labels))
     mixing = {
-        "network": "BestNet",
+        "network": "BestPair",
         "optimizer": "muon",
         "sampler": "weighted",
         "mixup": 0.5,
+        "sketch_epochs": 1,
         "judge": QUICK,
         "average_weights": 0.9,
     }
@@ -144,6 +145,19 @@ def test_what_judges_doubt_is_not_learnt_from(train, monkeypatch):
     judged.run_epoch()
     assert judged.labels.tolist() == [-1, -1, *train.labels[2:].tolist()]
     assert not {0, 1} & set(torch.cat([judged._draw_epoch() for _ in range(20)]).tolist())
+
+
+def test_a_run_starts_from_what_sketches_have_taught_the_net(train):
+    one_step = replace(QUICK, batch_size=len(train), schedule="one-cycle")  # the first, at rate 0
+    net = fit(replace(one_step, epochs=1, sketch_epochs=2), train, 3, CPU)
+    expected = fit(replace(one_step, epochs=2), draw_practice(len(train), 3), 3, CPU)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(net.state_dict()[name], weight)
+
+
+def test_a_last_batch_of_one_picture_teaches_one_net_of_the_pair(train):
+    recipe = replace(QUICK, network="BestPair", optimizer="muon", batch_size=len(train) - 1)
+    assert predict_logits(fit(recipe, train, 0, CPU), train.pictures).isfinite().all()
 
 
 def test_the_net_is_the_average_that_the_recipe_asks_for(train):
