@@ -29,20 +29,20 @@ from common.label_noise import (
 )
 from common.results import Results
 from common.trainer import Recipe, judge, judge_by_folds
-from training import BEST, JUDGE, with_epochs
+from training import JUDGE, TUNED, with_epochs
 
 # Judges need not be as good as nets can be, but fair to all classes beforehand. So short a training
 # has no time for pictures that are altered much.
 RECIPE = replace(
-    BEST,
+    TUNED,
     name="label-errors",
     network="BestNet",
     epochs=5,
-    weight_decay=0.1,
+    batch_size=128,
     adjust_logits=1.0,
     colour_change=0.2,
     cutout=8,
-    sketch_epochs=0,
+    mixup=0.2,
     judge=replace(JUDGE, epochs=28),
 )
 DEV_NETS = 2  # of each kind

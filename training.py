@@ -112,18 +112,16 @@ BEST = replace(
 # small classes are favoured less. Chosen on a fold of the training set, by the G-mean with and
 # without PGD.
 ROBUST = replace(
-    BEST,
+    TUNED,
     name="robust",
     network="BestNet",
     epochs=28,
-    weight_decay=0.1,
+    batch_size=128,
     adjust_logits=1.0,
     colour_change=0.2,
-    cutout=0,
-    mixup=0.0,
-    sketch_epochs=0,
     attack_epsilon=8 / 255,
     trades_beta=4.0,
+    judge=JUDGE,
     average_weights=0.995,
     average_shifts=0,
 )
