@@ -26,19 +26,23 @@ from training import BEST, TUNED, with_epochs
 
 FOLDS = 3
 ADAM = {"optimizer": "adam", "learning_rate": 3e-3, "weight_decay": 0.0}  # its best settings
-LEFT_OUT = {
+WITHOUT = {
     "Muon (with Adam)": ADAM,
     "flips and shifts": {"plain_share": 1.0},
     "changed colours": {"colour_change": 0.0},
-    "squares cut out": {"cutout": 0},
-    "mixup": {"mixup": 0.0},
     "one cycle of the rate": {"schedule": "steps"},
     "draws by root of size, adjusted logits": {"balance": 1.0, "adjust_logits": 0.0},
     "weight decay": {"weight_decay": 0.0},
-    "sketches beforehand": {"sketch_epochs": 0},
-    "judges of the labels": {"judge": None},
     "mirror images at the end": {"average_flips": False},
     "shifted views at the end": {"average_shifts": 0},
+}
+WITHOUT_WHAT_BEST_ADDS = {
+    "a second net": {"network": "BestNet"},
+    "sketches beforehand": {"sketch_epochs": 0},
+    "squares cut out": {"cutout": 0},
+    "mixup": {"mixup": 0.0},
+    "stronger weight decay": {"weight_decay": TUNED.weight_decay},
+    "judges of the labels": {"judge": None},
 }
 
 
@@ -47,13 +51,11 @@ def variants_of(recipe: Recipe) -> dict[str, Recipe]:
 
     Of `best`, only what it adds to `tuned`: the rest stands in the table of that.
     """
-    variants = {"all": recipe}
-    for ingredient, settings in LEFT_OUT.items():
-        without = replace(recipe, **settings)
-        adds = recipe.name == TUNED.name or replace(TUNED, **settings) == TUNED
-        if without != recipe and adds:
-            variants[f"without {ingredient}"] = without
-    return variants
+    ingredients = WITHOUT if recipe.name == TUNED.name else WITHOUT_WHAT_BEST_ADDS
+    return {"all": recipe} | {
+        f"without {ingredient}": replace(recipe, **settings)
+        for ingredient, settings in ingredients.items()
+    }
 
 
 def score(
