@@ -3,8 +3,9 @@
     python benchmarks/ablation.py --recipe tuned --label-fixes results/<data>/label_fixes.csv
 
 Each variant is trained three times, on two thirds of the training set each, and judged on the
-third left out: dev stays untouched. With --label-fixes, pictures whose labels are doubted are
-left out of the judging, though not of the training.
+third left out: dev stays untouched. --repeats does all of it again, on other thirds. With
+--label-fixes, pictures whose labels are doubted are left out of the judging, though not of the
+training.
 """
 
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import RepeatedStratifiedKFold
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -79,6 +80,12 @@ def main() -> None:
         help="how many, in place of the recipe's own",
     )
     parser.add_argument(
+        "--repeats",
+        type=console.positive_whole_number,
+        default=1,
+        help="how many divisions into three folds; without it, 1",
+    )
+    parser.add_argument(
         "--label-fixes",
         type=Path,
         metavar="FILE",
@@ -90,7 +97,9 @@ def main() -> None:
     doubted = [fix.index for fix in fixes]
     recipe = {each.name: each for each in (TUNED, BEST)}[arguments.recipe]
     variants = variants_of(with_epochs(recipe, arguments.epochs, arguments.quick))
-    splitter = StratifiedKFold(FOLDS, shuffle=True, random_state=arguments.seed)
+    splitter = RepeatedStratifiedKFold(
+        n_splits=FOLDS, n_repeats=arguments.repeats, random_state=arguments.seed
+    )
     folds = list(splitter.split(train.pictures, train.labels))
     jobs = [
         (variant, train, learnt, np.setdiff1d(left_out, doubted), arguments.seed + number)
@@ -98,7 +107,7 @@ def main() -> None:
         for number, (learnt, left_out) in enumerate(folds)
     ]
     scores = machine.side_by_side(score, jobs, torch.device("cpu"), "runs")
-    table = np.array(list(scores)).reshape(len(variants), FOLDS)
+    table = np.array(list(scores)).reshape(len(variants), len(folds))
     gain = table[0] - table
     rows = [
         [
@@ -108,7 +117,9 @@ def main() -> None:
         ]
         for name, row, lost in zip(variants, table, gain, strict=True)
     ]
-    print(f"recipe {recipe.name}, {variants['all'].epochs} epochs, {train.source}, {FOLDS} folds")
+    print(
+        f"recipe {recipe.name}, {variants['all'].epochs} epochs, {train.source}, {len(folds)} folds"
+    )
     console.print_table(["", "G-mean", "it gives"], rows)
 
 
