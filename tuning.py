@@ -21,6 +21,7 @@ import optuna
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -161,6 +162,9 @@ def plot_setting(ax: Axes, numbers: dict[str, Any], name: str) -> Axes:
         ax.plot(values, scores, marker, color=colour, ms=size, mfc=face, label=label)
     if getattr(SPACE[name], "log", False):
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))  # more would run into each other
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
     ax.set_xlabel(name.replace("_", " "))
     ax.set_ylabel("G-mean")
     ax.grid(alpha=0.3)
