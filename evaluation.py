@@ -1,204 +1,623 @@
-"""Step 2: how good is a net? Accuracy alone can hide that it knows one class only.
+"""Step 2: how good is a model? Accuracy alone can hide that it knows one class only.
 
-    python evaluation.py --checkpoint models/pre_trained.ckpt
+    python evaluation.py
+    python evaluation.py --checkpoint models/best.ckpt --split train
+    python evaluation.py --checkpoint models/*.ckpt hand_ins/ --rank-by g_mean
+    python evaluation.py --checkpoint models/best.ckpt --image cat.jpg dog.png
 
-With 88% cars, a net that always says "car" has 88% accuracy. The mean of the recalls by class
-(balanced accuracy) gives it 33%, and their geometric mean (G-mean) gives it 0, because two of
-the three recalls are 0.
+With 88% cars, a model that always predicts "car" has 88% accuracy. The mean of its recalls, the
+balanced accuracy (the report's "average accuracy"), is 33%, and their geometric mean, the G-mean,
+is 0, because two of the three recalls are 0.
+
+Several checkpoints are ranked on the same images. They can be files, folders, and the zip files
+of hand-ins, of which nothing but the checkpoint is read.
 """
 
 import argparse
+import csv
+import io
+import itertools
+import re
+import textwrap
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import cli, metrics, plots
+from common.attacks import input_gradient
+from common.cli import Results, UserError
+from common.data import CLASS_NAMES, SPLITS, Dataset, describe, open_data, read_image, to_float
+from common.metrics import SCORE_TITLES
+from common.model import (
+    choose_device,
+    describe_checkpoint,
+    is_bare,
+    load_checkpoint,
+    predict_logits,
+    with_pixel_range,
+)
+
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.metrics import confusion_matrix
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
-from common import console, figures, machine
-from common.dataset import CLASS_NAMES, PARTS, Dataset, describe, open_source
-from common.network import load_checkpoint, predict_logits
-from common.results import Results
+PRE_TRAINED = cli.PROJECT / "models" / "pre_trained.ckpt"
+BEST = cli.PROJECT / "models" / "best.ckpt"
+REPORT_SCORES = {"accuracy": 0.88, "balanced_accuracy": 0.34, "g_mean": 0.0}  # of PRE_TRAINED
+TITLES = SCORE_TITLES | {
+    f"{kind}_{name}": f"{kind} of {name}"
+    for kind in ("recall", "precision")
+    for name in CLASS_NAMES
+}
+SMALL_CLASS = 100  # below this, one image moves the class's recall by more than 1%
+ERRORS_SHOWN = 24
+MODELS_SHOWN = 60  # in the figure of a ranking
+IMAGES_SHOWN = 12  # in the figure of --image
 
-PRE_TRAINED = console.PROJECT / "models" / "pre_trained.ckpt"
-REPORT_PRE_TRAINED = {"accuracy": 0.88, "balanced_accuracy": 0.34, "g_mean": 0.0}
-SCORE_TITLES = {"accuracy": "accuracy", "balanced_accuracy": "average accuracy", "g_mean": "G-mean"}
-RESAMPLES = 2000  # of the bootstrap: enough for two digits of a 95% interval
-SMALL_CLASS = 100  # below this, one picture moves the class's recall by more than 1%
-MISTAKES_SHOWN = 24
+# How much is read of what other people hand in.
+LARGEST_CHECKPOINT = 2**26  # bytes; the largest in models/ has 2.4 MB
+LARGEST_ZIP = 2**28  # bytes
+MOST_PER_ZIP = 10  # checkpoints
+LONGEST_NAME = 60
 
 
-def scores_of(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Return all scores of confusion matrices, [..., C, C], true class by predicted class.
+# ---- checkpoints: in files, folders and zip files -----------------------------------------------
 
-    Recall is the share of a class's pictures that are found; precision the share of a class's
-    predictions that are right (0 where there is none). Balanced accuracy is the mean of the
-    recalls; G-mean is their geometric mean (Kubat and Matwin, 1997): 0 as soon as one is 0.
 
-    Returns:
-        accuracy, balanced_accuracy and g_mean, [...] each; recall and precision, [..., C].
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is: a file, or a member of a zip file."""
+
+    name: str
+    path: Path
+    member: str = ""
+
+
+def find_sources(paths: Sequence[Path]) -> list[Source]:
+    """Return all checkpoints that the paths lead to; a path that leads to none counts as one."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(path.rglob("[!.]*")) if path.is_dir() else []
+        files += [f for f in inside if f.suffix.lower() in (".ckpt", ".zip")] or [path]
+    same_name = Counter(file.name for file in set(files))
+    sources = []
+    for file in dict.fromkeys(files):
+        name = file.name if same_name[file.name] == 1 else str(file)
+        members = _checkpoints_in_zip(file) if file.suffix.lower() == ".zip" else [""]
+        names = [name] if len(members) == 1 else [f"{name}: {member}" for member in members]
+        sources += map(Source, map(_one_line, names), itertools.repeat(file), members)
+    return sources
+
+
+def _one_line(name: str) -> str:
+    name = " ".join(cli.clean(name).split())
+    return name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}"
+
+
+def _checkpoints_in_zip(path: Path) -> list[str]:
+    """Return the one that report.py packed to hand in, else all there are; [""] for none."""
+    try:
+        if path.stat().st_size > LARGEST_ZIP:
+            return [""]
+        with zipfile.ZipFile(path) as archive:
+            names = dict.fromkeys(archive.namelist())
+    except Exception:  # a broken or hostile file can fail in any way; read_source says so
+        return [""]
+    found = [name for name in names if re.search(r"(^|/)[^/.][^/]*\.ckpt$", name)]
+    found = [n for n in found if f"/{n}".endswith("/report/model.ckpt")] or found
+    return found if 1 <= len(found) <= MOST_PER_ZIP else [""]
+
+
+def read_source(source: Source) -> bytes:
+    """Return the bytes of a checkpoint; nothing is written to disk.
+
+    Raises:
+        UserError: there is none, or it is too large.
     """
-    right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    predicted = confusion.sum(axis=-2)
-    recall = right / confusion.sum(axis=-1)
-    return {
-        "accuracy": right.sum(axis=-1) / confusion.sum(axis=(-2, -1)),
-        "balanced_accuracy": recall.mean(axis=-1),
-        "g_mean": recall.prod(axis=-1) ** (1 / recall.shape[-1]),
-        "recall": recall,
-        "precision": right / np.maximum(predicted, 1),
-    }
+    name, path = source.name, source.path
+    if not path.is_file():
+        kind = "a folder without *.ckpt and *.zip files" if path.is_dir() else "no such file"
+        raise UserError(f"{name}: {kind}")
+    if path.suffix.lower() == ".zip" and not source.member:
+        raise UserError(f"{name}: not a zip file with 1 to {MOST_PER_ZIP} *.ckpt files in it")
+    try:
+        if source.member:
+            content = _read_member(path, source.member)
+        else:
+            with path.open("rb") as file:
+                content = file.read(LARGEST_CHECKPOINT + 1)
+    except Exception as error:  # not permitted, cut short, encrypted, made to harm, ...
+        raise UserError(f"{name}: not readable") from error
+    if len(content) > LARGEST_CHECKPOINT:
+        raise UserError(f"{name}: more than {LARGEST_CHECKPOINT // 2**20} MB, too large")
+    return content
 
 
-def bootstrap_intervals(confusion: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Return a 95% interval of each score: how far another set with as many of each class is off.
+def _read_member(path: Path, member: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("a compression whose output can't be bounded while reading")
+        with archive.open(member) as file:
+            return file.read(LARGEST_CHECKPOINT + 1)
 
-    Percentile bootstrap (Efron, 1979): draw as many pictures of each class again, with
-    replacement. As scores depend on the confusion matrix alone, each of its rows is drawn from
-    a multinomial distribution, which is the same and faster. A recall of exactly 0 or 1 gets an
-    interval without width: the bootstrap can't draw what it has never seen.
 
-    Returns:
-        the scores of `scores_of`, each with a last axis (low, high) added.
+# ---- one model --------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluated:
+    """A model's predictions for the images, and how good they are."""
+
+    name: str
+    metadata: dict[str, Any]
+    logits: Tensor
+    scores: dict[str, Any]  # as metrics.evaluate returns them
+    other_range: dict[str, Any] | None = None  # a bare checkpoint's scores when it is fed [0, 1]
+    rank: int = 1
+    to_best: dict[str, Any] | None = None  # from metrics.compare
+
+    @property
+    def predicted(self) -> Tensor:
+        """The predicted classes, int64 [N]."""
+        return self.logits.argmax(dim=1)
+
+    def table(self) -> dict[str, tuple[float, float, float]]:
+        """Return each score, recall and precision as (value, low, high), in the order of TITLES."""
+        scores, interval = self.scores, self.scores["interval"]
+        rows = {key: (scores[key], *interval[key]) for key in SCORE_TITLES}
+        for kind in ("recall", "precision"):
+            rows |= {f"{kind}_{c}": (scores[kind][c], *interval[kind][c]) for c in CLASS_NAMES}
+        return rows
+
+
+def evaluate(
+    source: Source, dataset: Dataset, arguments: argparse.Namespace, alone: bool = False
+) -> Evaluated:
+    """Return what one checkpoint predicts, and how good that is.
+
+    --pixel-range is for bare checkpoints, which do not say what they were trained on. Without it
+    they are fed the course's range, [-1, 1], and it is noted how they do with [0, 1].
+
+    Args:
+        alone: refuse --pixel-range for a checkpoint that has its own; else it is left unused.
+
+    Raises:
+        UserError: it can't be loaded, or its outputs are no numbers.
     """
-    generator = np.random.default_rng(seed)
-    rows = [generator.multinomial(row.sum(), row / row.sum(), RESAMPLES) for row in confusion]
-    scores = scores_of(np.stack(rows, axis=1))
-    return {name: np.percentile(drawn, (2.5, 97.5), axis=0).T for name, drawn in scores.items()}
+    file = io.BytesIO(read_source(source))
+    bare = is_bare(file, source.name)
+    pixel_range = arguments.pixel_range if bare or alone else None
+    model, metadata = load_checkpoint(file, pixel_range, source.name)
+    model.to(choose_device(arguments.device))
+    logits = predict_logits(model, dataset.images)
+    if not logits.isfinite().all():
+        raise UserError(f"{source.name}: its logits are NaN or infinite")
+    scores = metrics.evaluate(dataset.labels, logits.argmax(dim=1), arguments.seed)
+    found = Evaluated(source.name, metadata, logits, scores)
+    if bare and not arguments.pixel_range:
+        other = predict_logits(with_pixel_range(model, (0.0, 1.0)), dataset.images).argmax(dim=1)
+        compared = metrics.compare(dataset.labels, other, found.predicted)
+        found.other_range = metrics.evaluate(dataset.labels, other) | {"comparison": compared}
+    return found
 
 
-def evaluate_predictions(labels: Tensor, predicted: Tensor, seed: int = 0) -> dict[str, Any]:
-    """Return the scores of predicted classes, with intervals, in the form of the JSON files."""
-    confusion = confusion_matrix(labels, predicted, labels=range(len(CLASS_NAMES)))
-    scores, intervals = scores_of(confusion), bootstrap_intervals(confusion, seed)
-    return {
-        **_named(scores),
-        "interval": _named(intervals),
-        "confusion": confusion.tolist(),
-    }
-
-
-def _named(scores: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Put scores into the form of JSON: one number, or one a class under the class's name."""
-    named = {name: scores[name].tolist() for name in SCORE_TITLES}
-    for name in ("recall", "precision"):
-        named[name] = dict(zip(CLASS_NAMES, scores[name].tolist(), strict=True))
-    return named
-
-
-def evaluate(net: nn.Module, dataset: Dataset, seed: int = 0) -> dict[str, Any]:
-    """Return the scores of a net on a data set, with intervals, in the form of the JSON files."""
-    predicted = predict_logits(net, dataset.pictures).argmax(dim=1)
-    return evaluate_predictions(dataset.labels, predicted, seed)
-
-
-def draw_confusion(ax: Axes, confusion: np.ndarray) -> Axes:
-    """Draw a confusion matrix, [C, C]: counts, coloured by the share of the true class."""
-    shares = confusion / confusion.sum(axis=1, keepdims=True)
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), share in np.ndenumerate(shares):
-        text = f"{confusion[row, column]}\n{share:.0%}"
-        ax.text(column, row, text, ha="center", va="center", color="w" if share > 0.5 else "k")
-    ax.set_xticks(range(len(CLASS_NAMES)), CLASS_NAMES)
-    ax.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
-    ax.set_xlabel("predicted class")
-    ax.set_ylabel("true class")
-    return ax
-
-
-def draw_mistakes(dataset: Dataset, logits: Tensor) -> Figure:
-    """Return a sheet of the pictures the net has wrong, the surest first."""
-    confidence, predicted = logits.softmax(dim=1).max(dim=1)
-    wrong = torch.nonzero(predicted != dataset.labels).flatten()
-    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES_SHOWN]
-    captions = [
-        f"{CLASS_NAMES[dataset.labels[i]]} -> {CLASS_NAMES[predicted[i]]}\n{confidence[i]:.0%} sure"
-        for i in worst
-    ]
-    title = f"The {len(worst)} surest of {len(wrong)} mistakes (label -> prediction)"
-    return figures.contact_sheet(title, dataset.pictures[worst], captions)
-
-
-def print_scores(scores: dict[str, Any], report: dict[str, float] | None = None) -> None:
-    """Print the scores with their intervals, beside the report's where there are any."""
-    interval = scores["interval"]
-    lines = [(title, name, scores[name], interval[name]) for name, title in SCORE_TITLES.items()]
-    for score in ("recall", "precision"):
-        for label in CLASS_NAMES:
-            lines.append((f"{score} of {label}", "", scores[score][label], interval[score][label]))
-    rows = []
-    for title, name, value, (low, high) in lines:
-        theirs = f"{report[name]:.3f}" if report and name else ""
-        rows.append([title, theirs, f"{value:.3f}", f"{low:.3f} to {high:.3f}"])
-    console.print_table(["", "report" if report else "", "ours", "95% interval"], rows)
-    if any(low == high for *_, (low, high) in lines):
-        print("An interval without width does not mean certainty: a recall of 0 or 1 leaves the")
-        print(
-            "bootstrap nothing else to draw. Of n pictures, 0 right may still be a recall of 3/n."
-        )
-
-
-def _print_small_classes(dataset: Dataset) -> None:
-    for name, count in zip(CLASS_NAMES, dataset.class_counts, strict=True):
-        if count < SMALL_CLASS:
-            print(f"Only {count} pictures of class {name}: each is {1 / count:.1%} of its recall.")
-
-
-def parse_pixel_range(text: str) -> tuple[float, float]:
-    """Read `--pixel-range`; only two ranges occur, and others would be typing mistakes."""
-    ranges = {"0,1": (0.0, 1.0), "-1,1": (-1.0, 1.0)}
-    if text not in ranges:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 0,1 nor -1,1")
-    return ranges[text]
-
-
-def add_checkpoint_options(parser: argparse.ArgumentParser, without: str) -> None:
-    """Add the options that name a net; `without` says what is taken where none is named."""
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help=f"the net, a checkpoint of ours or a bare one of the course; without it, {without}",
-    )
-    parser.add_argument(
-        "--pixel-range",
-        type=parse_pixel_range,
-        metavar="LOW,HIGH",
-        help="pixel range of a bare checkpoint, -1,1 or 0,1; without it, the course's -1,1",
-    )
-
-
-def main() -> None:
-    """Evaluate one checkpoint on one part of a data set."""
-    parser = console.make_parser(__doc__)
-    add_checkpoint_options(parser, "models/pre_trained.ckpt")
-    parser.add_argument("--part", choices=PARTS, default="dev", help="the part to evaluate on")
-    arguments = parser.parse_args()
-    device = machine.choose_device(arguments.device)
-    path = arguments.checkpoint or PRE_TRAINED
-    net, about = load_checkpoint(path, arguments.pixel_range)
-    source = open_source(arguments.data, arguments.data_seed)
-    dataset = source.load(arguments.part, arguments.quick)
+def evaluate_one(source: Source, dataset: Dataset, arguments: argparse.Namespace) -> None:
+    """Evaluate one checkpoint: table, figures, predictions."""
     results = Results(arguments, describe(dataset))
+    found = evaluate(source, dataset, arguments, alone=True)
+    scores, probabilities = found.scores, found.logits.softmax(dim=1)
+    scores["ece"] = metrics.expected_calibration_error(probabilities, dataset.labels)
+    numbers = {"checkpoint": {"file": source.name, **found.metadata}, "split": dataset.split}
+    numbers |= scores | {"fed_0_to_1": found.other_range}
+    results.save_json("evaluation", numbers)
+    results.save_text("predictions.csv", metrics.format_predictions(dataset.labels, found.logits))
+    results.save_figure("confusion", draw_confusion(found))
+    results.save_figure("errors", draw_errors(dataset, probabilities))
+    results.save_figure("calibration", draw_calibration(dataset, probabilities))
 
-    logits = predict_logits(net.to(device), dataset.pictures)
-    scores = evaluate_predictions(dataset.labels, logits.argmax(dim=1), arguments.seed)
-    print(f"{path.name} on {source.name}, {arguments.part}: {len(dataset)} pictures\n")
-    as_in_the_report = path.resolve() == PRE_TRAINED and arguments.part == "dev"
-    print_scores(scores, REPORT_PRE_TRAINED if as_in_the_report else None)
-    _print_small_classes(dataset)
-
-    figure, (ax,) = figures.new_figure(width=5, height=4.6)
-    draw_confusion(ax, np.array(scores["confusion"]))
-    ax.set_title(f"{path.name}: G-mean {scores['g_mean']:.3f}, accuracy {scores['accuracy']:.3f}")
-    results.save_figure("confusion", figure)
-    results.save_figure("mistakes", draw_mistakes(dataset, logits))
-    results.save_json("evaluation", {"checkpoint": {"file": path.name, **about}, **scores})
+    cli.say(f"{source.name}, {describe_checkpoint(found.metadata)}")
+    cli.say(f"on {dataset.name}, {dataset.split}: {len(dataset)} images\n")
+    as_in_the_report = source.path.resolve() == PRE_TRAINED and dataset.split == "dev"
+    print_scores(found, REPORT_SCORES if as_in_the_report else {})
+    print_remarks(found, dataset)
     results.print_written()
 
 
+def print_scores(found: Evaluated, report: dict[str, float]) -> None:
+    """Print the scores with their intervals, beside the report's where there are any."""
+    rows = []
+    for key, (value, *ends) in found.table().items():
+        theirs = [f"{report[key]:.2f}" if key in report else ""] if report else []
+        rows.append([TITLES[key], *theirs, f"{value:.3f}", _span(ends)])
+    cli.print_table(["", *(["report"] if report else []), "ours", "95% interval"], rows)
+
+
+def _span(ends: Sequence[float], sign: str = "") -> str:
+    return f"[{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
+
+
+def print_remarks(found: Evaluated, dataset: Dataset) -> None:
+    """Print what a reader of the scores should know: calibration, small classes, pixel range."""
+    confidence = found.logits.softmax(dim=1).amax(dim=1).mean()
+    cli.say(
+        f"\nMean confidence {confidence:.3f}, accuracy {found.scores['accuracy']:.3f}; "
+        f"expected calibration error {found.scores['ece']:.3f}."
+    )
+    for name, count in zip(CLASS_NAMES, dataset.class_counts, strict=True):
+        if count < SMALL_CLASS:
+            cli.say(f"Only {count} images of class {name}: each is {1 / count:.1%} of its recall.")
+    if found.other_range:
+        cli.say(describe_pixel_range(found))
+
+
+def describe_pixel_range(found: Evaluated) -> str:
+    """Say which pixel range was taken for a bare checkpoint, and which suits it better."""
+    own, other = found.scores, found.other_range
+    low, high = other["comparison"]["interval"]
+    if low > 0:
+        verdict = "is better: --pixel-range 0,1 takes it"
+    else:
+        verdict = "is worse" if high < 0 else "makes no clear difference"
+    return (
+        f"{found.name} does not say its pixel range. Taken: the course's [-1, 1], with G-mean "
+        f"{own['g_mean']:.3f}, accuracy {own['accuracy']:.3f}. [0, 1], with "
+        f"{other['g_mean']:.3f} and {other['accuracy']:.3f}, {verdict}."
+    )
+
+
+def draw_confusion(found: Evaluated) -> Figure:
+    """Return the confusion matrix: counts, colored by the fraction of the true class."""
+    scores, confusion = found.scores, np.array(found.scores["confusion"])
+    fractions = confusion / confusion.sum(axis=1, keepdims=True)
+    figure, (ax,) = plots.new_figure(width=5, height=4.7)
+    ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), fraction in np.ndenumerate(fractions):
+        text = f"{confusion[row, column]}\n{fraction:.0%}"
+        ax.text(column, row, text, ha="center", va="center", color="w" if fraction > 0.5 else "k")
+    ax.set_xticks(range(len(CLASS_NAMES)), CLASS_NAMES)
+    ax.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
+    ax.set(xlabel="predicted class", ylabel="true class")
+    title = f"{found.name}\nG-mean {scores['g_mean']:.3f}, accuracy {scores['accuracy']:.3f}"
+    ax.set_title(plots.literal(title), fontsize=10)
+    return figure
+
+
+def draw_errors(dataset: Dataset, probabilities: Tensor) -> Figure:
+    """Return a grid of the images that the model gets wrong, the most confident errors first."""
+    confidence, predicted = probabilities.max(dim=1)
+    wrong = torch.nonzero(predicted != dataset.labels).flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:ERRORS_SHOWN]
+    captions = [
+        f"{CLASS_NAMES[dataset.labels[i]]} -> {CLASS_NAMES[predicted[i]]}\n{confidence[i]:.0%}"
+        for i in worst
+    ]
+    title = (
+        f"The {len(worst)} most confident of {len(wrong)} errors (label -> prediction, confidence)"
+    )
+    return plots.image_grid(title, dataset.images[worst], captions)
+
+
+def draw_calibration(dataset: Dataset, probabilities: Tensor) -> Figure:
+    """Return a reliability diagram: is the model right as often as its confidence says?"""
+    table = metrics.reliability(probabilities, dataset.labels)
+    x, y, counts = (table[key][table["count"] > 0] for key in ("confidence", "accuracy", "count"))
+    ends = [metrics.jeffreys_interval(round(a * n), n) for a, n in zip(y, counts, strict=True)]
+    figure, (ax,) = plots.new_figure(width=5.2, height=5)
+    ax.plot([0, 1], [0, 1], "--", color="0.5", label="perfectly calibrated")
+    settings = {"fmt": "o", "color": plots.PALETTE[0], "capsize": 3}
+    ax.errorbar(x, y, np.abs(np.transpose(ends) - y), label="this model, 95% interval", **settings)
+    for place, height, count in zip(x, y, counts, strict=True):
+        ax.annotate(
+            f"{count}", (place, height), (-5, 5), textcoords="offset points", fontsize=8, ha="right"
+        )
+    ax.set(xlim=(0.3, 1.02), ylim=(-0.05, 1.05))
+    ax.set(xlabel="confidence (highest probability)", ylabel="fraction classified correctly")
+    ece = metrics.expected_calibration_error(probabilities, dataset.labels)
+    title = f"Expected calibration error {ece:.3f}\n(numbers: images with such a confidence)"
+    ax.set_title(title, fontsize=10)
+    ax.legend(loc="lower right", fontsize=9)
+    ax.grid(alpha=0.3)
+    return figure
+
+
+# ---- several models ---------------------------------------------------------------------------
+
+
+def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namespace) -> None:
+    """Rank checkpoints on the same images; one that can't be evaluated costs a line.
+
+    Raises:
+        UserError: none can be evaluated.
+    """
+    results = Results(arguments, describe(dataset))
+    models, failed = [], []
+    for source in tqdm(sources, "evaluating", disable=None, leave=False):
+        try:
+            models.append(evaluate(source, dataset, arguments))
+        except UserError as error:
+            reason = str(error).removeprefix(f"{source.name}: ")
+            failed.append((source.name, " ".join(cli.clean(reason).split())))
+    if not models:
+        name, reason = failed[0]
+        raise UserError(f"--checkpoint: none of {len(sources)} can be evaluated; {name}: {reason}")
+    models = rank(models, dataset, arguments.rank_by)
+    save_ranking(results, models, failed, dataset, arguments.rank_by)
+
+    cli.say(f"{len(models)} models on {dataset.name}, {dataset.split}: {len(dataset)} images\n")
+    print_ranking(models, failed, arguments.rank_by)
+    for text in [*describe_ties(models), "", *describe_metrics(models, dataset, arguments.rank_by)]:
+        cli.say(textwrap.fill(text, 98, subsequent_indent="  ", break_on_hyphens=False))
+    results.print_written()
+
+
+def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evaluated]:
+    """Return the models from best to worst, ranked and compared to the best; ties share a rank."""
+    models = sorted(models, key=lambda model: -_rounded(model, rank_by))
+    values = [_rounded(model, rank_by) for model in models]
+    for model, value in zip(models, values, strict=True):
+        model.rank = 1 + values.index(value)
+        best = models[0].predicted
+        model.to_best = metrics.compare(dataset.labels, model.predicted, best, rank_by)
+    return models
+
+
+def _rounded(model: Evaluated, score: str) -> float:
+    return round(model.scores[score], 12)  # the same recalls in another order are no difference
+
+
+def _is_tied(model: Evaluated) -> bool:
+    low, high = model.to_best["interval"]
+    return low <= 0 <= high
+
+
+def save_ranking(
+    results: Results,
+    models: list[Evaluated],
+    failed: list[tuple[str, str]],
+    dataset: Dataset,
+    rank_by: str,
+) -> None:
+    """Write ranking.json, ranking.csv for the marks, the figure, and each model's predictions."""
+    entries = [
+        {"name": m.name, "rank": m.rank, **m.scores, "to_best": m.to_best, "checkpoint": m.metadata}
+        for m in models
+    ]
+    numbers = {"rank_by": rank_by, "split": dataset.split}
+    numbers |= {"models": entries, "not_evaluated": dict(failed)}
+    results.save_json("ranking", numbers)
+    results.save_text("ranking.csv", format_ranking(models, failed))
+    results.save_figure("ranking", draw_ranking(models[:MODELS_SHOWN], rank_by))
+    taken = set()
+    for model in models:
+        name = re.sub(r"[^\w.-]+", "_", model.name.removesuffix(".ckpt"), flags=re.ASCII)
+        while name.lower() in taken:
+            name += "_"
+        taken.add(name.lower())
+        text = metrics.format_predictions(dataset.labels, model.logits)
+        results.save_text(f"predictions-{name}.csv", text)
+
+
+def format_ranking(models: list[Evaluated], failed: list[tuple[str, str]]) -> str:
+    """Return the ranking as a table (CSV): all scores with their intervals."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    columns = [f"{key}{end}" for key in [*TITLES, "to_best"] for end in ("", "_low", "_high")]
+    writer.writerow(["name", "rank", *columns, "tied_with_best", "not_evaluated"])
+    for model in models:
+        values = [*model.table().values(), [model.to_best["difference"]], model.to_best["interval"]]
+        numbers = [f"{value:.4f}" for value in itertools.chain(*values)]
+        tied = "yes" if _is_tied(model) else "no"
+        writer.writerow([_cell(model.name), model.rank, *numbers, tied, ""])
+    for name, reason in failed:
+        writer.writerow([_cell(name), *[""] * (len(columns) + 2), reason])
+    return file.getvalue()
+
+
+def _cell(name: str) -> str:
+    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name  # formulas in spreadsheets
+
+
+def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_by: str) -> None:
+    """Print a line for each model; the CSV file and the figure have the other intervals."""
+    recalls = {f"recall_{name}": name for name in CLASS_NAMES}
+    others = {key: title for key, title in SCORE_TITLES.items() if key != rank_by} | recalls
+    rows = []
+    for model in models:
+        table, best = model.table(), model.to_best
+        value, *ends = table[rank_by]
+        row = [model.name, f"{model.rank}", f"{value:.3f} {_span(ends)}"]
+        row += [f"{best['difference']:+.3f} {_span(best['interval'], '+')}"]
+        rows.append(row + [f"{table[key][0]:.3f}" for key in others])
+    rows[0][3] = ""
+    headers = ["model", "rank", SCORE_TITLES[rank_by], "difference to the best"]
+    cli.print_table(headers + list(others.values()), rows)
+    for name, reason in failed:
+        cli.say(f"{name.ljust(max(len(row[0]) for row in rows))}  not evaluated: {reason}")
+    cli.say("\nIn brackets: 95% intervals. The last columns: recall of each class.")
+
+
+def describe_ties(models: list[Evaluated]) -> list[str]:
+    """Say which models may be as good as the best, and which are the same."""
+    best, *rest = models
+    tied = ", ".join(model.name for model in rest if _is_tied(model)) or "none"
+    texts = [
+        f"Cannot be told apart from {best.name} (the interval of the paired difference holds 0): "
+        f"{tied}."
+    ]
+    same: dict[bytes, list[str]] = {}
+    for model in models:
+        same.setdefault(model.predicted.numpy().tobytes(), []).append(model.name)
+    texts += [f"Same predictions: {', '.join(names)}." for names in same.values() if len(names) > 1]
+    bare = [model for model in models if model.other_range]
+    return texts + [
+        describe_pixel_range(m) for m in bare if m.other_range["comparison"]["interval"][0] > 0
+    ]
+
+
+def describe_metrics(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[str]:
+    """Say what each metric rewards, and how much the ranking depends on the metric."""
+    counts = dataset.class_counts
+    always = f'Always predicting "{CLASS_NAMES[int(np.argmax(counts))]}" has'
+    rewards = {
+        "accuracy": f"the largest class. {always} {max(counts) / len(dataset):.3f}",
+        "balanced_accuracy": "all classes alike, but one may be given up for another. "
+        f"{always} {1 / len(CLASS_NAMES):.3f}",
+        "g_mean": f"the weakest class: if it is never recognized, nothing else counts. {always} 0",
+    }
+    texts = ["Which metric for the competition?"]
+    pairs, title = list(itertools.combinations(models, 2)), SCORE_TITLES[rank_by]
+    for score, reward in rewards.items():
+        values = [_rounded(model, score) for model in models]
+        first = [m.name for m, v in zip(models, values, strict=True) if v == max(values)]
+        names = ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
+        turned = sum(_rounded(worse, score) > _rounded(better, score) for better, worse in pairs)
+        text = f"- {SCORE_TITLES[score]} rewards {reward}. First here: {names}"
+        if score != rank_by:
+            text += f"; {turned} of {len(pairs)} pairs in another order than by {title}"
+        texts.append(text + ".")
+    texts.append(
+        "Our answer: G-mean, since no class matters more than another and none may be given up. "
+        "Models that can't be told apart from the best share the first place."
+    )
+    return texts
+
+
+def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
+    """Return dots with 95% intervals: the three scores on the left, the recalls on the right."""
+    figure, axes = plots.new_figure(columns=2, width=10, height=1.6 + 0.45 * len(models))
+    recalls = [f"recall_{name}" for name in CLASS_NAMES]
+    tables = [model.table() for model in models]
+    y = np.arange(len(models))
+    for ax, keys, colors in zip(
+        axes, (SCORE_TITLES, recalls), (plots.PALETTE[3:6], plots.CLASS_COLORS), strict=True
+    ):
+        for number, key in enumerate(keys):
+            x, low, high = np.array([table[key] for table in tables]).T
+            settings = {"fmt": plots.CLASS_MARKERS[number], "color": colors[number]}
+            settings |= {"label": TITLES[key], "markersize": 5, "capsize": 2}
+            ax.errorbar(x, y + 0.2 * (number - 1), xerr=(x - low, high - x), **settings)
+        ax.set(xlim=(-0.02, 1.02), ylim=(len(models) - 0.5, -0.5), xlabel="with 95% interval")
+        ax.set_yticks(y, [""] * len(models))
+        ax.grid(axis="x", alpha=0.3)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, frameon=False)
+        for row in (row for row in y if _is_tied(models[row])):
+            ax.axhspan(row - 0.5, row + 0.5, color="0.93", lw=0)
+    title = f"Ranked by {SCORE_TITLES[rank_by]}; shaded: cannot be told apart from the best"
+    figure.suptitle(title, fontsize=10)
+    axes[0].set_yticks(y, [plots.literal(f"{model.rank}. {model.name}") for model in models])
+    return figure
+
+
+# ---- images of one's own ------------------------------------------------------------------------
+
+
+def classify_files(arguments: argparse.Namespace) -> None:
+    """Classify image files of any size; show what the model saw, and which pixels matter to it.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    sources = find_sources(arguments.checkpoint or [BEST if BEST.is_file() else PRE_TRAINED])
+    if len(sources) > 1:
+        raise UserError("--image: goes with one checkpoint only")
+    file = io.BytesIO(read_source(sources[0]))
+    model, _ = load_checkpoint(file, arguments.pixel_range, sources[0].name)
+    device = choose_device(arguments.device)
+    names, images = read_images(arguments.image)
+    probabilities = predict_logits(model.to(device), images).softmax(dim=1)
+    predicted = probabilities.argmax(dim=1)
+    shown = to_float(images[:IMAGES_SHOWN]).to(device)
+    gradient, _ = input_gradient(model, shown, predicted[:IMAGES_SHOWN].to(device))
+
+    fingerprint = Dataset("images", "files", images, predicted).fingerprint
+    data = {"name": "images", "splits": {"files": {"fingerprint": fingerprint}}}
+    results = Results(arguments, data)
+    found = [
+        {"file": name, "predicted": CLASS_NAMES[y], **dict(zip(CLASS_NAMES, p, strict=True))}
+        for name, y, p in zip(names, predicted, probabilities.tolist(), strict=True)
+    ]
+    results.save_json("images", {"checkpoint": sources[0].name, "images": found})
+    results.save_figure("images", draw_images(found[:IMAGES_SHOWN], images, gradient.cpu()))
+    cli.say(f"{sources[0].name} predicts:\n")
+    rows = [
+        [each["file"], each["predicted"], *(f"{each[name]:.3f}" for name in CLASS_NAMES)]
+        for each in found
+    ]
+    cli.print_table(["file", "predicted", *CLASS_NAMES], rows)
+    cli.say("\nIt knows no other classes: a dog, too, is a car, a truck or a cat to it.")
+    results.print_written()
+
+
+def read_images(paths: Sequence[Path]) -> tuple[list[str], Tensor]:
+    """Return the names and the images, uint8 [N, 3, 32, 32], of the files that can be read."""
+    names, images = [], []
+    for path in paths:
+        try:
+            images.append(read_image(path, resize=True))
+            names.append(_one_line(path.name))
+        except UserError as error:
+            cli.say(f"not classified: {_one_line(str(error))}", error=True)
+    if not images:
+        raise UserError("--image: none of the files is an image that can be read")
+    return names, torch.stack(images)
+
+
+def draw_images(found: list[dict[str, Any]], images: Tensor, gradient: Tensor) -> Figure:
+    """Return a row for each file: the image at 32x32, the saliency map, the probabilities.
+
+    The saliency map is the size of the gradient of the loss at each pixel (Simonyan et al. 2014).
+    """
+    figure, axes = plots.new_figure(len(found), 3, width=7, height=2 * len(found) + 0.8)
+    saliency = gradient.abs().amax(dim=1)
+    for row, (each, image, heat) in enumerate(zip(found, images, saliency, strict=False)):
+        left, middle, right = axes[3 * row : 3 * row + 3]
+        plots.show_image(left, image, plots.literal(each["file"]))
+        middle.imshow(heat.numpy(), cmap="magma")
+        middle.set_axis_off()
+        values = [each[name] for name in CLASS_NAMES]
+        bars = right.barh(CLASS_NAMES, values, color=plots.CLASS_COLORS)
+        right.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, fontsize=8)
+        right.set(xlim=(0, 1.25), xticks=[0, 0.5, 1])
+        right.invert_yaxis()
+    axes[0].set_title(f"what the model sees\n{axes[0].get_title()}", fontsize=8)
+    axes[1].set_title("saliency map\n(each scaled to its maximum)", fontsize=8)
+    axes[2].set_title("probability", fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """Evaluate one checkpoint, rank several, or classify image files."""
+    parser = cli.make_parser(__doc__)
+    without = "models/pre_trained.ckpt; several, folders and zip files are ranked"
+    cli.add_checkpoint_option(parser, without, several=True)
+    parser.add_argument("--split", choices=SPLITS, default="dev", help="the split to evaluate on")
+    parser.add_argument(
+        "--rank-by", choices=tuple(SCORE_TITLES), default="g_mean", help="score of the ranking"
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="classify image files of any size instead; without --checkpoint, by models/best.ckpt",
+    )
+    arguments = parser.parse_args()
+    choose_device(arguments.device)  # a wrong name is found out before any work
+    if arguments.image:
+        classify_files(arguments)
+        return
+    sources = find_sources(arguments.checkpoint or [PRE_TRAINED])
+    dataset = open_data(arguments.data).load(arguments.split, arguments.quick)
+    if len(sources) == 1:
+        evaluate_one(sources[0], dataset, arguments)
+    else:
+        rank_all(sources, dataset, arguments)
+
+
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

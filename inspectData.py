@@ -1,308 +1,425 @@
-"""Step 1: look into the data before training on it.
+"""Step 1: look at the data before training on it.
 
     python inspectData.py
-    python inspectData.py --export my_pictures      (then mend labels by moving files)
+    python inspectData.py --export my_images      (then correct labels by moving files)
 
-Counts the classes, tests whether they are spread evenly along the file and whether dev has the
-shares of train, and shows pictures that stick out or stand in both sets.
+Counts the classes, tests whether they are in random order and whether dev has the class fractions
+of train, and shows outliers and near-duplicates, within train, within dev and across both.
 """
 
-import tempfile
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from common import cli, plots
+from common.cli import UserError
+from common.data import (
+    CLASS_NAMES,
+    SPLITS,
+    Dataset,
+    describe,
+    near_duplicates,
+    open_data,
+    to_float,
+    write_image_folder,
+)
+from common.model import choose_device
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from scipy.stats import chi2_contingency
 from torch import Tensor
 
-from common import console, figures, machine
-from common.console import UserError
-from common.dataset import CLASS_NAMES, PARTS, Dataset, as_input, describe, open_source
-from common.picture_folder import write_folder
-from common.results import Results
-
 # The report's limits for outliers, for pixels in [0, 1].
 LOWEST_MEAN, HIGHEST_MEAN, LOWEST_STD = 0.1, 0.9, 0.1
-MOST_BLOCKS = 20  # the file is cut into so many blocks to see whether classes are spread evenly
-SMALLEST_EXPECTED = 5  # pictures of a class in a block: the chi-squared test's rule of thumb
-# Pictures with this correlation of their pixels are the same photograph, perhaps brightened or
-# moved by a pixel. In the course's sets all pairs above it are such copies, judged by eye.
-COPY_CORRELATION = 0.9
-SHOWN = 32
-CPU = torch.device("cpu")
+MOST_BLOCKS = 20  # consecutive parts of the file, compared with each other
+SMALLEST_EXPECTED = 5  # images of a class per block: the chi-squared test's rule of thumb
+BLOCK = 250  # images per point of the curve of class fractions
+MOST_SHOWN = 32  # images in a figure
+MOST_LISTED = 10  # label conflicts in the terminal
+
+REPORT = {"car": "4951 (88.0%)", "truck": "450 (8.0%)", "cat": "225 (4.0%)"}
 
 
 def pixel_statistics(dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each picture's pixels in [0, 1], [N] each."""
-    pixels = as_input(dataset.pictures).flatten(start_dim=1)
-    return pixels.mean(dim=1), pixels.std(dim=1, correction=0)
+    """Return mean and standard deviation of each image's pixels in [0, 1], [N] each."""
+    blocks = [to_float(block).flatten(1) for block in dataset.images.split(1024)]
+    mean = torch.cat([pixels.mean(dim=1) for pixels in blocks])
+    return mean, torch.cat([pixels.std(dim=1, correction=0) for pixels in blocks])
 
 
 def find_outliers(dataset: Dataset) -> Tensor:
-    """Return the indices of pictures that are very dark, very bright, or nearly of one colour."""
+    """Return the indices of images that are very dark, very bright, or nearly of one color."""
     mean, std = pixel_statistics(dataset)
-    return torch.nonzero(
-        (mean < LOWEST_MEAN) | (mean > HIGHEST_MEAN) | (std < LOWEST_STD)
-    ).flatten()
+    outlying = (mean < LOWEST_MEAN) | (mean > HIGHEST_MEAN) | (std < LOWEST_STD)
+    return torch.nonzero(outlying).flatten()
 
 
-def spread_p_value(labels: np.ndarray) -> float | None:
-    """Return the p-value of "the classes are spread evenly along the file".
+def independence_p_value(labels: np.ndarray) -> float | None:
+    """Return the p-value of "class and position in the file are independent" (chi-squared).
 
-    Chi-squared test of independence between class and block of the file. As many blocks as
-    leave SMALLEST_EXPECTED pictures of the rarest class in each, MOST_BLOCKS at most. Small
-    values speak against an even spread. None if the rarest class is too small for two blocks.
+    The file is cut into as many blocks as leave SMALLEST_EXPECTED images of the rarest class in
+    each, MOST_BLOCKS at most. None if that class is too small for two blocks.
     """
     counts = np.bincount(labels, minlength=len(CLASS_NAMES))
     blocks = min(MOST_BLOCKS, int(counts.min()) // SMALLEST_EXPECTED)
     if blocks < 2:
         return None
+    return float(chi2_contingency(count_in_blocks(labels, blocks)).pvalue)
+
+
+def count_in_blocks(labels: np.ndarray, blocks: int) -> np.ndarray:
+    """Return the class counts of so many consecutive blocks of nearly equal size."""
     parts = np.array_split(labels, blocks)
-    table = np.array([np.bincount(part, minlength=len(CLASS_NAMES)) for part in parts])
-    return float(chi2_contingency(table).pvalue)
+    return np.array([np.bincount(part, minlength=len(CLASS_NAMES)) for part in parts])
 
 
-def shares_p_value(train: Dataset, dev: Dataset) -> float:
-    """Return the p-value of "dev has the class shares of train" (chi-squared test)."""
-    return float(chi2_contingency([train.class_counts, dev.class_counts]).pvalue)
+class Pair(NamedTuple):
+    """Two near-duplicates: the split, index and label of each, and their correlation."""
+
+    splits: tuple[str, str]
+    indices: tuple[int, int]
+    labels: tuple[str, str]
+    correlation: float
+
+    def is_conflict(self) -> bool:
+        """Tell whether the labels differ: then one of them is probably wrong."""
+        return self.labels[0] != self.labels[1]
+
+    def captions(self) -> list[str]:
+        """Return, for each image, where it is and how it is labeled."""
+        parts = zip(self.splits, self.indices, self.labels, strict=True)
+        return [f"{split} {index}\n{label}" for split, index, label in parts]
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the pair for the JSON file: indices by split, or as first and second."""
+        names = self.splits if len(set(self.splits)) == 2 else ("first", "second")
+        indices = dict(zip(names, self.indices, strict=True))
+        return indices | {"labels": self.labels, "correlation": self.correlation}
 
 
-def standardise(pictures: Tensor) -> Tensor:
-    """Return pictures as vectors of mean 0 and length 1, [N, 3072]: light and contrast are gone.
-
-    Their scalar products are correlations. A picture of one colour has none, and gives zeros.
-    """
-    vectors = as_input(pictures).flatten(start_dim=1)
-    vectors = vectors - vectors.mean(dim=1, keepdim=True)
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-6)
-
-
-def find_copies(
-    dev: Dataset, train: Dataset, device: torch.device = CPU
-) -> list[tuple[int, int, float]]:
-    """Return (index in dev, index in train, correlation) of pictures that stand in both sets.
-
-    Of several copies in train, the closest; mirrored ones count too. The most alike come first.
-    """
-    pictures, theirs = dev.pictures.to(device), standardise(train.pictures.to(device))
-    ours, mirrored = standardise(pictures), standardise(pictures.flip(dims=[3]))
-    correlation, closest = torch.maximum(ours @ theirs.T, mirrored @ theirs.T).max(dim=1)
-    in_dev = torch.nonzero(correlation >= COPY_CORRELATION).flatten().tolist()
-    copies = [(i, int(closest[i]), min(1.0, correlation[i].item())) for i in in_dev]
-    return sorted(copies, key=lambda copy: -copy[2])
-
-
-def draw_shares(ax: Axes, dataset: Dataset) -> Axes:
-    """Draw figure 1: the share of each class, with its count where it can be read."""
-    counts = dataset.class_counts
-    texts = [
-        f"{name}\n{count:,} ({count / len(dataset):.1%})"
-        for name, count in zip(CLASS_NAMES, counts, strict=True)
+def find_pairs(dataset: Dataset, other: Dataset | None = None) -> list[Pair]:
+    """Return the near-duplicates within a split, or across two."""
+    found = near_duplicates(dataset.images, None if other is None else other.images)
+    other = other or dataset
+    splits = (dataset.split, other.split)
+    return [
+        Pair(splits, (i, j), (CLASS_NAMES[dataset.labels[i]], CLASS_NAMES[other.labels[j]]), value)
+        for i, j, value in found
     ]
-    ax.pie(
-        counts,
-        labels=texts,
-        colors=figures.CLASS_COLOURS,
-        startangle=360 * (0.5 - counts[0] / len(dataset) / 2),  # small classes to the right
-        wedgeprops={"edgecolor": "w", "linewidth": 1.5},
+
+
+def inspect(dataset: Dataset, pairs: list[Pair]) -> dict[str, Any]:
+    """Return the numbers of one split, and its own near-duplicates."""
+    counts = dict(zip(CLASS_NAMES, dataset.class_counts, strict=True))
+    return {
+        "images": len(dataset),
+        "shape": list(dataset.images.shape[1:]),
+        "class_counts": counts,
+        "class_fractions": {name: count / len(dataset) for name, count in counts.items()},
+        "independence_p_value": independence_p_value(dataset.labels.numpy()),
+        "outliers": find_outliers(dataset).tolist(),
+        "near_duplicates": [pair.metadata() for pair in pairs],
+    }
+
+
+def inspect_all(datasets: dict[str, Dataset]) -> tuple[dict[str, Any], list[Pair]]:
+    """Return the numbers for the JSON file, and all near-duplicates, those across splits first."""
+    within = {split: find_pairs(dataset) for split, dataset in datasets.items()}
+    splits = {split: inspect(dataset, within[split]) for split, dataset in datasets.items()}
+    numbers = {"splits": splits, "near_duplicates": []}
+    pairs = [pair for found in within.values() for pair in found]
+    if len(datasets) == len(SPLITS):
+        counts = [dataset.class_counts for dataset in datasets.values()]
+        numbers["class_fractions_p_value"] = float(chi2_contingency(counts).pvalue)
+        across = find_pairs(datasets["dev"], datasets["train"])
+        numbers["near_duplicates"] = [pair.metadata() for pair in across]
+        pairs = across + pairs
+    return numbers, pairs
+
+
+# ---- figures --------------------------------------------------------------------------------
+
+
+def draw_label_counts(datasets: list[Dataset]) -> Figure:
+    """Figure 1: the class fractions, as the report's pie of train and as a bar for each split."""
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    pie, bars = figure.subplots(1, 2, width_ratios=(1, 2.6))
+    pie.pie(
+        datasets[0].class_counts,
+        labels=CLASS_NAMES,
+        colors=plots.CLASS_COLORS,
+        startangle=90,
+        wedgeprops={"edgecolor": "white"},
     )
-    ax.set_title(f"{dataset.part}: {len(dataset):,} pictures")
-    return ax
+    pie.set_title(datasets[0].split)
+    for row, dataset in enumerate(datasets):
+        draw_bar(bars, row, dataset)
+    bars.set_yticks(range(len(datasets)), [f"{each.split}\n{len(each):,}" for each in datasets])
+    bars.set(xlim=(0, 1), ylim=(len(datasets) - 0.4, -0.6), title="images of each class")
+    bars.xaxis.set_major_formatter(PercentFormatter(1))
+    bars.spines[["top", "right", "left"]].set_visible(False)
+    return figure
 
 
-def draw_order(ax: Axes, dataset: Dataset) -> Axes:
-    """Draw figure 2: the class of each picture along the file, one thin line a picture."""
+def draw_bar(ax: Axes, row: int, dataset: Dataset) -> None:
+    """Draw a stacked bar; what does not fit into a part is written above or below it."""
+    left = 0.0
+    for label, count in enumerate(dataset.class_counts):
+        fraction = count / len(dataset)
+        ax.barh(row, fraction, 0.4, left, color=plots.CLASS_COLORS[label], edgecolor="white")
+        text = f"{CLASS_NAMES[label]} {count:,} ({fraction:.1%})"
+        if fraction > 0.3:
+            style = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
+            ax.text(left + fraction / 2, row, text, **style)
+        else:
+            height = row - 0.3 if label == 1 else row + 0.3
+            ax.text(max(left + fraction, 0.25), height, text, ha="right", va="center")
+        left += fraction
+
+
+def draw_label_order(datasets: list[Dataset]) -> Figure:
+    """Figure 2: the class of each image along the file, and the class fractions below."""
+    figure, axes = plots.new_figure(2, len(datasets), width=6 * len(datasets), height=5.5)
+    for column, dataset in enumerate(datasets):
+        draw_positions(axes[column], dataset)
+        draw_fractions(axes[len(datasets) + column], dataset)
+    return figure
+
+
+def draw_positions(ax: Axes, dataset: Dataset) -> Axes:
+    """Draw a line per image in the row of its class, paler where there are many."""
     labels = dataset.labels.numpy()
-    for label, color in enumerate(figures.CLASS_COLOURS):
+    for label, color in enumerate(plots.CLASS_COLORS):
         places = np.flatnonzero(labels == label)
-        ax.eventplot(places, lineoffsets=label, linelengths=0.7, linewidths=0.6, colors=color)
+        alpha = min(1.0, max(0.1, 300 / len(places)))
+        ax.eventplot(
+            places, lineoffsets=label, linelengths=0.7, linewidths=0.4, colors=color, alpha=alpha
+        )
     ax.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
-    ax.set_xlabel("index in the file")
-    ax.invert_yaxis()
-    p_value = format_p_value(spread_p_value(labels))
-    ax.set_title(f"{dataset.part}: class along the file (even spread: p = {p_value})")
+    ax.set(xlim=(0, len(labels)), ylim=(len(CLASS_NAMES) - 0.5, -0.5))
+    p_value = format_p_value(independence_p_value(labels))
+    ax.set_title(f"{dataset.split}: class along the file (independence: p = {p_value})")
     return ax
 
 
-def draw_statistics(ax: Axes, dataset: Dataset) -> Axes:
-    """Draw each picture's mean and standard deviation, with the limits for outliers."""
-    mean, std = pixel_statistics(dataset)
-    for label, name in enumerate(CLASS_NAMES):
-        own = dataset.labels == label
-        marker = figures.CLASS_MARKERS[label]
-        color = figures.CLASS_COLOURS[label]
-        ax.scatter(mean[own], std[own], s=9, marker=marker, color=color, alpha=0.5, label=name)
-    for limit in (LOWEST_MEAN, HIGHEST_MEAN):
-        ax.axvline(limit, color="0.4", ls="--", lw=0.8)
-    ax.axhline(LOWEST_STD, color="0.4", ls="--", lw=0.8)
-    ax.set(xlim=(0, 1), ylim=(0, 0.5), xlabel="mean of the pixels", ylabel="standard deviation")
-    ax.set_title(f"{dataset.part}: outliers lie beyond the dashed lines")
-    ax.legend(loc="upper left")
+def draw_fractions(ax: Axes, dataset: Dataset) -> Axes:
+    """Draw the class fractions of consecutive blocks, and dashed those of the whole file."""
+    labels = dataset.labels.numpy()
+    counts = count_in_blocks(labels, max(1, round(len(labels) / BLOCK)))
+    fractions = counts / counts.sum(axis=1, keepdims=True)
+    edges = np.append(0, counts.sum(axis=1).cumsum())
+    for label, color in enumerate(plots.CLASS_COLORS):
+        ax.stairs(fractions[:, label], edges, baseline=None, color=color, lw=1.8)
+        ax.axhline((labels == label).mean(), color=color, ls="--", lw=0.8)
+    ax.set_yscale("log")
+    ax.set_yticks(ticks := [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], [f"{tick:.0%}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set(xlim=(0, len(labels)), ylim=(0.008, 1.2), xlabel="index in the file")
+    ax.set_ylabel(f"fraction in about {BLOCK} images")
+    ax.grid(alpha=0.3)
     return ax
 
 
-def draw_outliers(dataset: Dataset, outliers: Tensor) -> Figure:
-    """Return a sheet of outliers, the darkest and the brightest first."""
+def draw_pixel_statistics(datasets: list[Dataset]) -> Figure:
+    """Draw each image's mean and standard deviation, small classes on top."""
+    figure, axes = plots.new_figure(1, len(datasets), width=6 * len(datasets), height=4)
+    for ax, dataset in zip(axes, datasets, strict=True):
+        mean, std = pixel_statistics(dataset)
+        for label, name in enumerate(CLASS_NAMES):
+            own = dataset.labels == label
+            marker, color = plots.CLASS_MARKERS[label], plots.CLASS_COLORS[label]
+            order = 2 + label / 10 if own.sum() < len(dataset) / 2 else 1
+            style = {"marker": marker, "color": color, "alpha": 0.5, "lw": 0, "zorder": order}
+            ax.scatter(mean[own], std[own], s=10, label=name, **style)
+        for limit in (LOWEST_MEAN, HIGHEST_MEAN):
+            ax.axvline(limit, color="0.4", ls="--", lw=0.8)
+        ax.axhline(LOWEST_STD, color="0.4", ls="--", lw=0.8)
+        ax.set(xlim=(0, 1), ylim=(0, 0.5), xlabel="mean of the pixels", ylabel="standard deviation")
+        ax.set_title(f"{dataset.split}: outliers lie beyond the dashed lines")
+        ax.legend(loc="upper left")
+    return figure
+
+
+def draw_outliers(dataset: Dataset) -> Figure:
+    """Show outliers, the darkest and the brightest first."""
+    outliers = find_outliers(dataset)
     mean, std = pixel_statistics(dataset)
-    order = (mean[outliers] - 0.5).abs().argsort(descending=True)
-    shown = outliers[order][:SHOWN]
+    shown = outliers[(mean[outliers] - 0.5).abs().argsort(descending=True)][:MOST_SHOWN]
     captions = [
         f"{i}, {CLASS_NAMES[dataset.labels[i]]}\nmean {mean[i]:.2f}, std {std[i]:.2f}"
         for i in shown.tolist()
     ]
-    title = f"{dataset.part}: {len(shown)} of {len(outliers)} outliers by mean or deviation"
-    return figures.contact_sheet(title, dataset.pictures[shown], captions)
+    title = f"{dataset.split}: {len(shown)} of {len(outliers)} outliers"
+    return plots.image_grid(title, dataset.images[shown], captions)
 
 
-def draw_copies(dev: Dataset, train: Dataset, copies: list[tuple[int, int, float]]) -> Figure:
-    """Return a sheet of pairs: a picture of dev and its copy in train."""
-    pictures, captions = [], []
-    for in_dev, in_train, correlation in copies[: SHOWN // 2]:
-        pictures += [dev.pictures[in_dev], train.pictures[in_train]]
-        captions.append(f"dev {in_dev}\n{CLASS_NAMES[dev.labels[in_dev]]}")
-        captions.append(
-            f"train {in_train}\n{CLASS_NAMES[train.labels[in_train]]}, {correlation:.3f}"
-        )
-    title = (
-        f"{min(len(copies), SHOWN // 2)} of {len(copies)} pictures of dev that stand in train too"
-    )
-    return figures.contact_sheet(title, torch.stack(pictures), captions)
+def draw_pairs(pairs: list[Pair], datasets: dict[str, Dataset]) -> Figure:
+    """Show near-duplicates side by side, those with different labels first."""
+    images, captions = [], []
+    for pair in sorted(pairs, key=lambda pair: not pair.is_conflict())[: MOST_SHOWN // 2]:
+        parts = zip(pair.splits, pair.indices, strict=True)
+        images += [datasets[split].images[index] for split, index in parts]
+        captions += pair.captions()
+        captions[-1] += f", {pair.correlation:.3f}"
+    title = f"{len(images) // 2} of {len(pairs)} pairs of near-duplicates, different labels first"
+    return plots.image_grid(title, torch.stack(images), captions)
 
 
-def check_export(folder: Path, quick: bool) -> None:
-    """Refuse, before any work is done, an export that can't be made or would be a part only."""
-    if folder.exists():
-        raise UserError(f"--export {folder}: exists already; name a new folder")
-    if quick:
-        raise UserError("--export writes the whole set; leave --quick out")
+def save_figures(datasets: dict[str, Dataset], pairs: list[Pair], results: cli.Results) -> None:
+    """Write all figures; remove those of an earlier run for which there is nothing to show."""
+    shown = list(datasets.values())
+    results.save_figure("1-label-counts", draw_label_counts(shown))
+    results.save_figure("2-label-order", draw_label_order(shown))
+    results.save_figure("pixel-statistics", draw_pixel_statistics(shown))
+    for dataset in shown:
+        if len(find_outliers(dataset)):
+            results.save_figure(f"outliers-{dataset.split}", draw_outliers(dataset))
+        else:
+            results.remove(f"outliers-{dataset.split}.png")
+    if pairs:
+        results.save_figure("near-duplicates", draw_pairs(pairs, datasets))
+    else:
+        results.remove("near-duplicates.png")
 
 
-def export(folder: Path, datasets: list[Dataset]) -> None:
-    """Write data sets as folders of pictures, whole or not at all.
-
-    Raises:
-        UserError: the folder can't be written.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
-            whole = Path(temporary) / folder.name
-            for dataset in datasets:
-                write_folder(whole / dataset.part, dataset.pictures, dataset.labels, CLASS_NAMES)
-            whole.rename(folder)
-    except OSError as error:
-        raise UserError(f"--export {folder}: can't be written: {error.strerror}") from error
-    print(f"\nexported to {folder}; mend labels by moving files, then use --data {folder}")
+# ---- what is printed ------------------------------------------------------------------------
 
 
-def inspect(dataset: Dataset) -> dict[str, Any]:
-    """Return what there is to say about one part of the data."""
-    mean, std = pixel_statistics(dataset)
-    p_value = spread_p_value(dataset.labels.numpy())
-    return {
-        "pictures": len(dataset),
-        "shape": list(dataset.pictures.shape[1:]),
-        "class_counts": dict(zip(CLASS_NAMES, dataset.class_counts, strict=True)),
-        "class_shares": {
-            name: count / len(dataset)
-            for name, count in zip(CLASS_NAMES, dataset.class_counts, strict=True)
-        },
-        "even_spread_p_value": p_value,
-        "mean_of_means": mean.mean().item(),
-        "mean_of_stds": std.mean().item(),
-        "outliers": find_outliers(dataset).tolist(),
-    }
+def print_splits(splits: dict[str, dict[str, Any]]) -> None:
+    """Print a row per number and a column per split, beside the report's training set."""
 
+    def row(title: str, report: str, form: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [title, report, *[form(split) for split in splits.values()]]
 
-def print_facts(facts: dict[str, dict[str, Any]]) -> None:
-    """Print one row a fact and one column a part, beside the report's training set."""
-    report_counts = {"car": "4951 (88.0%)", "truck": "450 (8.0%)", "cat": "225 (4.0%)"}
+    def count(name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda s: f"{s['class_counts'][name]} ({s['class_fractions'][name]:.1%})"
+
     rows = [
-        ["pictures", "5626", *[str(each["pictures"]) for each in facts.values()]],
-        ["shape", "32x32x3", *["{1}x{2}x{0}".format(*each["shape"]) for each in facts.values()]],
+        row("images", "5626", lambda s: str(s["images"])),
+        row("size", "32x32x3", lambda s: "{1}x{2}x{0}".format(*s["shape"])),
+        *[row(name, report, count(name)) for name, report in REPORT.items()],
+        row(
+            "class and position independent, p",
+            "by eye",
+            lambda s: format_p_value(s["independence_p_value"]),
+        ),
+        row("outliers", "none", lambda s: str(len(s["outliers"]))),
+        row("pairs of near-duplicates", "not sought", lambda s: str(len(s["near_duplicates"]))),
     ]
-    for name, theirs in report_counts.items():
-        counts = [(each["class_counts"][name], each["pictures"]) for each in facts.values()]
-        rows.append([name, theirs, *[f"{count} ({count / all_:.1%})" for count, all_ in counts]])
-    p_values = [each["even_spread_p_value"] for each in facts.values()]
-    rows.append(["even spread, p", "by eye", *[format_p_value(p_value) for p_value in p_values]])
-    outliers = [str(len(each["outliers"])) for each in facts.values()]
-    rows.append(["outliers", "none that matter", *outliers])
-    console.print_table(["", "report, train", *facts], rows)
+    cli.print_table(["", "report, train", *splits], rows)
+    cli.say()
 
 
 def format_p_value(p_value: float | None) -> str:
-    """Return a p-value as a reader wants it: not 0.00 where it is only small."""
+    """Return a p-value, not as 0.00 where it is only small."""
     if p_value is None:
         return "too few"
     return f"{p_value:.2f}" if p_value >= 0.01 else f"{p_value:.0e}"
 
 
-def verdict(p_value: float | None, even: str, uneven: str) -> str:
-    """Say in words what a p-value means."""
+def print_verdicts(numbers: dict[str, Any]) -> None:
+    """Say in words what the tests found."""
+    for split, found in numbers["splits"].items():
+        independent = f"{split}: class and position in the file are independent"
+        dependent = f"{split}: the classes are in blocks or drift along the file"
+        cli.say(verdict(found["independence_p_value"], independent, dependent))
+    if "class_fractions_p_value" in numbers:
+        same = "dev has the same class fractions as train"
+        different = "dev has other class fractions than train"
+        cli.say(verdict(numbers["class_fractions_p_value"], same, different))
+
+
+def verdict(p_value: float | None, holds: str, fails: str) -> str:
+    """Return what a p-value means."""
     if p_value is None:
-        return "Too few pictures to test that."
-    return f"{even if p_value >= 0.05 else uneven} (p = {format_p_value(p_value)})."
+        return f"{holds}? There are too few images to test that."
+    text = f"{holds}, as far as a test can tell" if p_value >= 0.05 else fails
+    return f"{text} (p = {format_p_value(p_value)})."
 
 
-def compare(train: Dataset, dev: Dataset, results: Results, device: torch.device) -> dict[str, Any]:
-    """Compare train and dev: class shares, and pictures that stand in both."""
-    p_value = shares_p_value(train, dev)
-    same = "Dev has the class shares of train, as far as so few pictures can tell"
-    print(verdict(p_value, same, "Dev has other class shares than train"))
-    copies = find_copies(dev, train, device)
-    if copies:
-        print(f"{len(copies)} pictures of dev stand in train too, or nearly: they flatter a score.")
-        results.save_figure("copies", draw_copies(dev, train, copies))
-    else:
-        print("No picture of dev stands in train too.")
-    return {
-        "same_shares_p_value": p_value,
-        "copies": [{"dev": i, "train": j, "correlation": c} for i, j, c in copies],
-    }
+def print_pairs(pairs: list[Pair]) -> None:
+    """Say how many images of dev are known from train, and which labels contradict each other."""
+    known = {pair.indices[0] for pair in pairs if pair.splits == ("dev", "train")}
+    if known:
+        cli.say(
+            f"Images of dev that are, nearly, in train too: {len(known)}. They flatter a score."
+        )
+    conflicts = [pair for pair in pairs if pair.is_conflict()]
+    if conflicts:
+        cli.say(
+            f"Near-duplicates with different labels, one of them likely wrong: {len(conflicts)}."
+        )
+    for pair in conflicts[:MOST_LISTED]:
+        first, second = (caption.replace("\n", " ") for caption in pair.captions())
+        cli.say(f"  {first} - {second} (correlation {pair.correlation:.3f})")
+    if len(conflicts) > MOST_LISTED:
+        cli.say("  ... (all are in inspectData.json)")
+
+
+# ---- export ---------------------------------------------------------------------------------
+
+
+def check_export(folder: Path, quick: bool) -> None:
+    """Refuse an export that would fail or be incomplete, before any work is done."""
+    if folder.exists():
+        raise UserError(f"--export {folder}: exists already; name a new folder")
+    if quick:
+        raise UserError("--export: writes the whole set; leave out --quick")
+
+
+def export(folder: Path, datasets: list[Dataset]) -> None:
+    """Write image folders, whole or not at all."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    try:
+        for dataset in datasets:
+            write_image_folder(part, dataset)
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(f"--export {folder}: can't be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def main() -> None:
-    """Inspect whatever parts of the data set there are."""
-    parser = console.make_parser(__doc__)
+    """Inspect whatever splits there are."""
+    parser = cli.make_parser(__doc__)
     parser.add_argument(
-        "--export", type=Path, metavar="FOLDER", help="write the set as FOLDER/<part>/<class>/*.png"
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="write the set as FOLDER/<split>/<class>/*.png",
     )
     arguments = parser.parse_args()
-    device = machine.choose_device(arguments.device)
+    choose_device(arguments.device)  # not used here, but a wrong name is a mistake all the same
     if arguments.export:
         check_export(arguments.export, arguments.quick)
-    source = open_source(arguments.data, arguments.data_seed)
-    datasets = [source.load(part, arguments.quick) for part in PARTS if source.has(part)]
-    results = Results(arguments, describe(*datasets))
+    folder = open_data(arguments.data)
+    datasets = {s: folder.load(s, arguments.quick) for s in SPLITS if folder.has(s)}
+    results = cli.Results(arguments, describe(*datasets.values()))
 
-    facts = {dataset.part: inspect(dataset) for dataset in datasets}
-    print_facts(facts)
-    for dataset in datasets:
-        p_value = facts[dataset.part]["even_spread_p_value"]
-        even = f"\n{dataset.part}: no sign that classes stand in blocks or drift"
-        print(verdict(p_value, even, f"\n{dataset.part}: the classes stand in blocks or drift"))
-        outliers = torch.tensor(facts[dataset.part]["outliers"], dtype=torch.int64)
-        if len(outliers):
-            results.save_figure(f"outliers-{dataset.part}", draw_outliers(dataset, outliers))
-    for name, draw in (
-        ("1-label-counts", draw_shares),
-        ("2-label-order", draw_order),
-        ("pixel-statistics", draw_statistics),
-    ):
-        figure, axes = figures.new_figure(1, len(datasets), width=6 * len(datasets), height=4)
-        for ax, dataset in zip(axes, datasets, strict=True):
-            draw(ax, dataset)
-        results.save_figure(name, figure)
-    comparison = compare(*datasets, results, device) if len(datasets) == len(PARTS) else {}
-    results.save_json("inspectData", {"parts": facts, **comparison})
+    numbers, pairs = inspect_all(datasets)
+    results.save_json("inspectData", numbers)
+    save_figures(datasets, pairs, results)
     if arguments.export:
-        export(arguments.export, datasets)
+        export(arguments.export, list(datasets.values()))
+
+    print_splits(numbers["splits"])
+    print_verdicts(numbers)
+    print_pairs(pairs)
+    for split in SPLITS:
+        if split not in datasets:
+            cli.say(f"{folder.path} has no {split} split.")
+    if arguments.export:
+        folder = arguments.export
+        cli.say(f"\nexported to {folder}; correct labels by moving files, then use --data {folder}")
     results.print_written()
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

@@ -1,232 +1,305 @@
 """Step 3c: which labels are wrong?
 
     python label_errors.py
-    python training.py --recipe final --label-fixes results/<data>/label_fixes.csv
+    python label_errors.py --split dev
+    python training.py --recipe final --labels results/<data>/label_corrections.csv
 
-Nets judge pictures that they have not learnt from. A label that they doubt goes into a
-table for a person to look through: contact sheets show each doubted picture, and `no` in the
-table's last column keeps the label that it has.
+Models predict images that they were not trained on. Where they contradict a label, it is flagged.
+Corrections of which they are sure enough are accepted; the others are for you to decide: open
+label_review.html in a browser, look through the flagged images, and save your decisions.
+Decisions in label_corrections.csv are kept when this script runs again.
 """
 
+import base64
+import io
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
+
+from common import cli, metrics, plots
+from common.cli import PROJECT, Results
+from common.data import (
+    CLASS_NAMES,
+    SPLITS,
+    Correction,
+    Dataset,
+    describe,
+    format_corrections,
+    near_duplicates,
+    open_data,
+    read_corrections,
+)
+from common.model import choose_device
+from common.recipes import BEST, TUNED, Recipe, with_epochs
+from common.train import cross_val_logits, filter_labels, parallel_map, train_and_predict
 
 import numpy as np
 import torch
-from cleanlab.rank import get_label_quality_scores
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
-from common import console, figures, machine
-from common.dataset import CLASS_NAMES, PARTS, Dataset, describe, open_source
-from common.label_fixes import LabelFix, format_fixes, with_fixes
-from common.label_noise import (
-    LEFT_OUT,
-    fit_sharpness,
-    keep_classes,
-    leave_out_doubted,
-    true_label_chances,
-)
-from common.results import Results
-from common.trainer import Recipe, judge, judge_by_folds
-from training import JUDGE, TUNED, with_epochs
-
-# Judges need not be as good as nets can be, but fair to all classes beforehand. So short a training
-# has no time for pictures that are altered much.
 RECIPE = replace(
     TUNED,
     name="label-errors",
-    network="BestNet",
-    epochs=5,
+    network="SmallVGG",  # learns too many wrong labels by heart unless others were first:
+    label_filter=BEST.label_filter,  # what these flag is left out of its training set
+    epochs=5,  # all there is time for in two minutes on two cores
     batch_size=128,
-    adjust_logits=1.0,
-    colour_change=0.2,
+    logit_adjustment=1.0,  # no class is favored before the images are seen
+    color_jitter=0.2,  # so short a training has no time for images that are altered much
     cutout=8,
-    mixup=0.2,
-    judge=replace(JUDGE, epochs=28),
 )
-DEV_NETS = 2  # of each kind
-# A label is worth a look when its chance to be right is below DOUBTFUL, and the suggestion is
-# accepted unasked below WRONG. The chances trust a little too much: of the course's labels with
-# chances from 0.5 to 0.6, more than half turned out wrong when looked at.
-DOUBTFUL = 0.8
-WRONG = 0.6
-ROWS_SHOWN = 12  # of the ranked table at the terminal
+DEV_MODELS = 2  # of each network
+# A label is flagged if the probability that it is wrong is above FLAG. (By the models' own
+# estimate, about as many labels are flagged then as are wrong.)
+FLAG = 0.35
+SHEET_IMAGES = 120  # of one class, at most
 
 
-def judge_all(
-    recipe: Recipe, train: Dataset, judged: Dataset, seed: int, device: torch.device
+def predict_train(recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> Tensor:
+    """Return out-of-fold logits, [N, C]: the mean of two networks, whose errors differ."""
+    first = cross_val_logits(recipe.label_filter, train, seed, device)
+    keep = torch.from_numpy(metrics.trusted_labels(first, train.labels))
+    return (first + cross_val_logits(recipe, train, seed, device, keep)) / 2
+
+
+def predict_dev(
+    recipe: Recipe, train: Dataset, dev: Dataset, seed: int, device: torch.device
 ) -> Tensor:
-    """Return logits for a set, [N, C], by nets that have not learnt from the picture.
-
-    Small nets judge the training set first; what they doubt is not learnt from by the better
-    nets that come next. The mean of both kinds decides: their mistakes differ.
-
-    Args:
-        judged: the training set itself, or dev: that by a few nets of each kind.
-    """
-    small, better = recipe.judge, replace(recipe, judge=None)
-    first_look = judge_by_folds(small, train, seed, device)
-    trusted = leave_out_doubted(first_look, train.labels) != LEFT_OUT
-    if judged is train:
-        return (first_look + judge_by_folds(better, train, seed, device, trusted)) / 2
-    learnt = train.take(torch.nonzero(trusted).flatten())
+    """Return logits of dev, [N, C]: the mean of models trained on the trusted labels of train."""
+    filtered = filter_labels(recipe.label_filter, train, seed, device)
     jobs = [
-        (kind, learnt, judged.pictures, seed + number, device)
-        for number in range(DEV_NETS)
-        for kind in (better, small)
+        (each, filtered, dev.images, seed + number, device)
+        for number in range(DEV_MODELS)
+        for each in (recipe, recipe.label_filter)
     ]
-    return torch.stack(list(machine.side_by_side(judge, jobs, device, "nets"))).mean(dim=0)
+    return torch.stack(list(parallel_map(train_and_predict, jobs, device, "models"))).mean(dim=0)
 
 
-def find_fixes(dataset: Dataset, logits: Tensor) -> list[LabelFix]:
-    """Return the labels in doubt, the most doubtful first.
+def is_chance_level(logits: Tensor, labels: Tensor) -> bool:
+    """Tell whether the models may be no better than guessing a class."""
+    interval = metrics.evaluate(labels, logits.argmax(dim=1))["interval"]["balanced_accuracy"]
+    return interval[0] <= 1 / len(CLASS_NAMES)
 
-    cleanlab (Northcutt et al., "Confident learning", 2021) ranks them, by the chances of each
-    picture's true label. Accepted is what is below WRONG, unless nothing would be left of a class;
-    what is merely in doubt is for a person to decide.
+
+def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction]:
+    """Return the flagged labels, the most probably wrong first; accept all but the unsure ones.
+
+    Of near-duplicates with different labels, one label is wrong for sure: the less likely one is
+    flagged in any case.
     """
-    sharpness = fit_sharpness(logits, dataset.labels)
-    chances = true_label_chances(logits, dataset.labels, sharpness)
     labels = dataset.labels.numpy()
-    quality = get_label_quality_scores(labels, chances.numpy(), method="self_confidence")
-    others = chances.scatter(1, dataset.labels[:, None], 0.0)
-    kept = keep_classes(torch.from_numpy(quality >= WRONG), dataset.labels)
+    own = posterior[np.arange(len(labels)), labels]
+    accepted = ~metrics.keep_classes(own >= 1 - FLAG, labels)
+    flagged = 1 - own > FLAG
+    for i, j, _ in near_duplicates(dataset.images):
+        if labels[i] != labels[j]:
+            flagged[i if own[i] < own[j] else j] = True
+    others = posterior.copy()
+    others[np.arange(len(labels)), labels] = 0
     return [
-        LabelFix(
+        Correction(
             index=int(index),
             given=int(labels[index]),
             suggested=int(others[index].argmax()),
             confidence=float(others[index].max()),
-            accept=not kept[index],
+            accept=bool(accepted[index]),
         )
-        for index in np.argsort(quality, kind="stable")
-        if quality[index] < DOUBTFUL
+        for index in np.argsort(own, kind="stable")
+        if flagged[index]
     ]
 
 
-def rate(dataset: Dataset, fixes: list[LabelFix]) -> dict[str, dict[str, float]]:
-    """Compare the fixes that are accepted with the truth, for each given class and for all.
+# ---- the user's decisions ---------------------------------------------------------------------
 
-    Returns:
-        number of wrong labels, of those accepted as wrong, and recall, precision, and the share
-        of right suggestions among wrong labels found.
+
+def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
+    """Return the corrections of an earlier run, which a person may have reviewed, by their index.
+
+    A file for other data is moved out of the way.
+
+    Raises:
+        UserError: the file is broken.
     """
-    wrong = (dataset.labels != dataset.true_labels).numpy()
-    right = (with_fixes(dataset, fixes).labels == dataset.true_labels).numpy()
-    accepted = np.zeros_like(wrong)
-    accepted[[fix.index for fix in fixes if fix.accept]] = True
-    rated = {}
-    for number, name in enumerate((*CLASS_NAMES, "all")):
-        part = (dataset.labels.numpy() == number) | (name == "all")
-        rated[name] = {
-            "wrong": int(wrong[part].sum()),
-            "accepted": int(accepted[part].sum()),
-            "recall": _share(accepted, part & wrong),
-            "precision": _share(wrong, part & accepted),
-            "suggestion_right": _share(right, part & wrong & accepted),
-        }
-    return rated
+    if not path.exists():
+        return {}
+    head = path.read_bytes()[:1000].decode(errors="replace")
+    made_for = re.search(r"fingerprint (\w{1,40})", head)
+    if made_for and made_for[1] != dataset.fingerprint:
+        other = path.with_name(f"{path.stem}-{made_for[1]}.csv")
+        path.replace(other)
+        cli.say(f"{path} was made for other data: it is now {other.name}")
+        return {}
+    return {correction.index: correction for correction in read_corrections(path, dataset)}
 
 
-def _share(flags: np.ndarray, part: np.ndarray) -> float:
-    """Return the share of pictures of a part that have a flag; NaN if it has none."""
-    return float(flags[part].mean()) if part.any() else float("nan")
+# ---- what is written and printed --------------------------------------------------------------
 
 
-def draw_sheet(dataset: Dataset, fixes: list[LabelFix], label: int) -> Figure:
-    """Return the doubted pictures of one given class, each under its index and suggested label."""
-    doubted = [fix for fix in fixes if fix.given == label]
-    name = CLASS_NAMES[label]
-    pictures = dataset.pictures[[fix.index for fix in doubted]]
-    captions = [
-        f"{fix.index}: {CLASS_NAMES[fix.suggested]}{mark}, {fix.confidence:.0%}"
-        for fix, mark in ((fix, "" if fix.accept else "?") for fix in doubted)
+def summarize(
+    dataset: Dataset, found: Sequence[Correction], posterior: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Count the labels of each given class, and of all, that are flagged, accepted and wrong.
+
+    Where the true labels are known, the flagged and the accepted ones are compared with them:
+    recall is the fraction of the wrong labels that is among them, precision the fraction of them
+    that is wrong.
+    """
+    labels = dataset.labels.numpy()
+    doubt = 1 - posterior[np.arange(len(labels)), labels]
+    wrong = None if dataset.true_labels is None else labels != dataset.true_labels.numpy()
+    chosen = {"flagged": np.zeros(len(labels), bool), "accepted": np.zeros(len(labels), bool)}
+    for each in found:
+        chosen["flagged"][each.index], chosen["accepted"][each.index] = True, each.accept
+    summary = {}
+    for label, name in enumerate((*CLASS_NAMES, "all")):
+        own = (labels == label) | (name == "all")
+        row = {"labels": own.sum(), "estimated_wrong": doubt[own].sum()}
+        row |= {kind: (own & mask).sum() for kind, mask in chosen.items()}
+        if wrong is not None:
+            row["wrong"] = (own & wrong).sum()
+            for kind, mask in chosen.items():
+                row[f"{kind}_recall"] = _fraction(mask, own & wrong)
+                row[f"{kind}_precision"] = _fraction(wrong, own & mask)
+        summary[name] = {key: value.item() for key, value in row.items()}
+    return summary
+
+
+def _fraction(selected: np.ndarray, group: np.ndarray) -> np.ndarray:
+    return selected[group].mean() if group.any() else np.array(np.nan)
+
+
+def print_summary(summary: dict[str, dict[str, Any]]) -> None:
+    """Print the summary as a table, and a second one of what was found if the truth is known."""
+    rows = [
+        [name, *(f"{row[key]:.0f}" for key in ("labels", "flagged", "accepted", "estimated_wrong"))]
+        for name, row in summary.items()
     ]
-    title = (
-        f"{len(doubted)} of {dataset.class_counts[label]} labels {name} in {dataset.part} "
-        "are doubted; above each picture what it should be (? where not accepted unasked), "
-        "and how sure the nets are"
-    )
-    return figures.contact_sheet(title, pictures, captions, columns=12)
-
-
-def print_fixes(dataset: Dataset, fixes: list[LabelFix]) -> None:
-    """Print the head of the ranked table, and how many labels of each class are accepted."""
+    cli.print_table(["given", "labels", "flagged", "accepted", "wrong (estimate)"], rows)
+    if "wrong" not in summary["all"]:
+        return
+    cli.say("\nCompared with the true labels, which are known here:")
+    keys = ("flagged_recall", "flagged_precision", "accepted_recall", "accepted_precision")
     rows = [
         [
-            str(fix.index),
-            CLASS_NAMES[fix.given],
-            CLASS_NAMES[fix.suggested],
-            f"{fix.confidence:.3f}",
+            name,
+            str(row["wrong"]),
+            *("-" if np.isnan(row[key]) else f"{row[key]:.0%}" for key in keys),
         ]
-        for fix in fixes[:ROWS_SHOWN]
+        for name, row in summary.items()
     ]
-    console.print_table(["picture", "given", "suggested", "confidence"], rows)
-    if len(fixes) > ROWS_SHOWN:
-        print(f"... and {len(fixes) - ROWS_SHOWN} more in the file")
-    accepted = [fix.given for fix in fixes if fix.accept]
-    counts = [
-        f"{accepted.count(label)} of {count} labels {name}"
-        for label, (name, count) in enumerate(zip(CLASS_NAMES, dataset.class_counts, strict=True))
+    cli.print_table(["given", "wrong", *(key.replace("_", " ") for key in keys)], rows)
+
+
+def draw_sheet(dataset: Dataset, corrections: Sequence[Correction], label: int) -> Figure:
+    """Return the flagged images of a given class, each under what the models predict."""
+    flagged = [each for each in corrections if each.given == label]
+    shown = flagged[:SHEET_IMAGES]
+    captions = [
+        f"{each.index}: {CLASS_NAMES[each.suggested]}{'' if each.accept else '?'}, "
+        f"{each.confidence:.0%}"
+        for each in shown
     ]
-    print(f"\naccepted as wrong: {', '.join(counts)}; {len(fixes) - len(accepted)} more in doubt")
+    first = f", the first {len(shown)} here" if len(shown) < len(flagged) else ""
+    title = (
+        f"{len(flagged)} of {dataset.class_counts[label]} labels {CLASS_NAMES[label]} in "
+        f"{dataset.split} are flagged{first}. Above each image: its index, what the models "
+        "predict and how probable it is; ? where that is not accepted"
+    )
+    return plots.image_grid(title, dataset.images[[each.index for each in shown]], captions, 12)
 
 
-def print_rates(rated: dict[str, dict[str, float]]) -> None:
-    """Print what was found of the wrong labels, where they are known."""
-    rows = [
-        [name, *(f"{values[key]:.0f}" for key in ("wrong", "accepted"))]
-        + [
-            "-" if np.isnan(values[key]) else f"{values[key]:.0%}"
-            for key in ("recall", "precision", "suggestion_right")
-        ]
-        for name, values in rated.items()
-    ]
-    print("\nThe true labels are known here; of what was found:")
-    titles = ["given", "wrong", "accepted", "found", "precision", "suggestion right"]
-    console.print_table(titles, rows)
+def render_review(dataset: Dataset, corrections: Sequence[Correction], file: str) -> str:
+    """Return the page on which a person accepts or rejects, as one HTML file."""
+    environment = Environment(
+        loader=FileSystemLoader(PROJECT), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("label_review.html").render(
+        name=cli.clean(dataset.name),
+        split=dataset.split,
+        file=file,
+        class_names=CLASS_NAMES,
+        class_counts=dataset.class_counts,
+        corrections=corrections,
+        pngs={each.index: _encode_png(dataset.images[each.index]) for each in corrections},
+        csv=format_corrections(dataset, corrections),
+    )
 
 
-def save_fixes(results: Results, dataset: Dataset, fixes: list[LabelFix], recipe: Recipe) -> None:
-    """Write, draw and print the doubted labels."""
-    suffix = "" if dataset.part == "train" else f"-{dataset.part}"
-    results.save_text(f"label_fixes{suffix}.csv", format_fixes(dataset, fixes))
+def _encode_png(image: Tensor) -> str:
+    png = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(png, "PNG")
+    return base64.b64encode(png.getvalue()).decode()
+
+
+def save(
+    results: Results,
+    dataset: Dataset,
+    corrections: Sequence[Correction],
+    suffix: str,
+    numbers: dict[str, Any],
+) -> None:
+    """Write the table, the page to review it, a sheet for each class, and the numbers."""
+    file = f"label_corrections{suffix}.csv"
+    results.save_text(file, format_corrections(dataset, corrections))
+    results.save_text(f"label_review{suffix}.html", render_review(dataset, corrections, file))
     for label, name in enumerate(CLASS_NAMES):
-        results.save_figure(f"label-errors-{name}{suffix}", draw_sheet(dataset, fixes, label))
-    numbers: dict[str, Any] = {
-        "recipe": asdict(recipe),
-        "doubted": len(fixes),
-        "accepted": sum(fix.accept for fix in fixes),
-        "fixes": [asdict(fix) for fix in fixes],
-    }
-    print_fixes(dataset, fixes)
-    if dataset.true_labels is not None:
-        numbers["rates"] = rate(dataset, fixes)
-        print_rates(numbers["rates"])
+        sheet = draw_sheet(dataset, corrections, label)
+        results.save_figure(f"label-errors-{name}{suffix}", sheet)
     results.save_json(f"label_errors{suffix}", numbers)
 
 
 def main() -> None:
     """Find the labels that are probably wrong."""
-    parser = console.make_parser(__doc__)
+    parser = cli.make_parser(__doc__)
     parser.add_argument(
-        "--part", choices=PARTS, default="train", help="whose labels to judge, by nets of train"
-    )
-    parser.add_argument(
-        "--epochs", type=console.positive_whole_number, help="how many, not the recipe's own"
+        "--split", choices=SPLITS, default="train", help="whose labels to check, by models of train"
     )
     arguments = parser.parse_args()
-    device = machine.choose_device(arguments.device)
-    source = open_source(arguments.data, arguments.data_seed)
-    train = source.load("train", arguments.quick)
-    judged = train if arguments.part == "train" else source.load("dev", arguments.quick)
-    results = Results(arguments, describe(judged))
-    recipe = with_epochs(RECIPE, arguments.epochs, arguments.quick)
-    logits = judge_all(recipe, train, judged, arguments.seed, device)
-    save_fixes(results, judged, find_fixes(judged, logits), recipe)
+    device = choose_device(arguments.device)
+    folder = open_data(arguments.data)
+    train = folder.load("train", arguments.quick)
+    dataset = train if arguments.split == "train" else folder.load("dev", arguments.quick)
+    results = Results(arguments, describe(dataset))
+    suffix = "" if dataset is train else "-dev"
+    earlier = results.folder / f"label_corrections{suffix}.csv"
+    read_decisions(earlier, dataset)  # a broken file is reported before the long work
+
+    recipe = with_epochs(RECIPE, None, arguments.quick)
+    if dataset is train:
+        logits = predict_train(recipe, train, arguments.seed, device)
+    else:
+        logits = predict_dev(recipe, train, dataset, arguments.seed, device)
+    posterior = metrics.label_posterior(logits, dataset.labels)
+    at_chance = is_chance_level(logits, dataset.labels)
+    found = [] if at_chance else find_corrections(dataset, posterior)
+    decided = read_decisions(earlier, dataset)
+    corrections = list(({each.index: each for each in found} | decided).values())
+
+    summary = summarize(dataset, found, posterior)
+    numbers = {
+        "recipe": asdict(recipe),
+        "chance_level": at_chance,
+        "flagged": len(corrections),
+        "accepted": sum(each.accept for each in corrections),
+        "reviewed": len(decided),
+        "classes": summary,
+    }
+    save(results, dataset, corrections, suffix, numbers)
+    print_summary(summary)
+    if at_chance:
+        cli.say("\nThe models are no better than chance: they can't tell which labels are wrong.")
+    if decided:
+        cli.say(
+            f"\nThe {len(decided)} rows that were already in {earlier.name} are kept as they were. "
+            "Delete the file to start anew."
+        )
     results.print_written()
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

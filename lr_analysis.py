@@ -1,273 +1,304 @@
 """Step 4: what the learning rate does to the loss, and which rate to take.
 
     python lr_analysis.py
-    python lr_analysis.py --rates 0.01 0.001 0.0001
+    python lr_analysis.py --rates 0.01 0.001 0.0001 --seed 0,1,2
 
-First the report's experiment: one net for each of five rates, loss against steps. Then the
-learning-rate range test (Smith, "Cyclical learning rates", 2017): one short run in which the
-rate rises at each step, and the loss shows from where to where rates are of use.
+First the report's experiment: the course's CNN is trained at each of five learning rates, on
+classes drawn in equal parts, and the loss is drawn against the steps. Then the learning-rate range
+test (Smith, "Cyclical learning rates for training neural networks", 2017): one short run in which
+the rate rises with every step, and the loss shows which rates are of use.
 """
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+from common import cli, plots
+from common.data import CLASS_NAMES, Dataset, describe, open_data, to_float
+from common.model import build_model, choose_device
+from common.recipes import NAIVE, Recipe, with_epochs
+from common.train import compute_loss, draw_balanced, make_optimizers, parallel_map, train
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor, nn
-
-from common import console, figures, machine
-from common.dataset import CLASS_NAMES, Dataset, as_input, describe, open_source
-from common.network import build_network
-from common.results import Results
-from common.trainer import Recipe, fit, make_optimizer, make_sampler, train_step
-from training import NAIVE, with_epochs
+from matplotlib.figure import Figure
+from scipy.ndimage import gaussian_filter1d
+from scipy.signal import lfilter
+from torch import nn
 
 REPORT_RATES = (0.5, 0.05, 0.005, 0.0005, 0.00005)
-# Classes in equal parts, as in the report's later steps, and nothing else that would blur what
-# the rate does: no transforms, no decay.
-RECIPE = replace(NAIVE, name="learning-rates", sampler="weighted", epochs=8)
-GUESS_LOSS = math.log(len(CLASS_NAMES))  # of a net that gives each class the same chance
-SMOOTHING = 0.9  # weight of the past: a curve is a mean over about 10 steps
-LEARNS_NOTHING = 0.95  # times a guess's loss: an end above that is no progress
-WORKS = 0.8  # of the best rate's way: what comes so far is as good a choice
-DIVERGED = 5  # times the reference loss: beyond that a run is given up for lost
+MODEL = "the course's CNN on classes drawn in equal parts"
+# Nothing else that would blur what the rate does: no augmentation, no weight decay, no schedule.
+RECIPE = replace(NAIVE, name="learning-rates", sampler="balanced", epochs=8)
 
-RANGE_TEST_RATES = (1e-6, 1.0)
-RANGE_TEST_STEPS = 200
+CHANCE_LOSS = math.log(len(CLASS_NAMES))  # of a model that gives each class the same probability
+LEARNS = 0.95  # times chance level: a loss that stays above has not fallen
+WORKS = 0.8  # of the best run's loss reduction: not much worse a choice
+DIVERGES = 5  # times chance level, or in the range test times the lowest loss so far
+EMA_DECAY = 0.9  # a smoothed loss is a mean over about 10 steps
+
+RANGE_TEST_RATES = np.geomspace(1e-6, 1.0, 200)  # 33 steps for each power of ten
+RANGE_TEST_SMOOTHING = 8  # steps, standard deviation of a Gaussian; an EMA would lag behind
+EDGE = 10  # steps at either end that are never suggested: too little is known beside them
 
 
-def smooth(losses: Sequence[float]) -> np.ndarray:
-    """Return the exponential moving average of losses, [N], corrected for its empty start.
-
-    The correction is the one of Adam (Kingma and Ba, 2015, section 3).
-    """
-    smoothed, average = [], 0.0
-    for step, loss in enumerate(losses, start=1):
-        average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        smoothed.append(average / (1 - SMOOTHING**step))
-    return np.array(smoothed)
+# ---- losses at given rates ------------------------------------------------------------------
 
 
 def losses_at_rate(
-    rate: float, recipe: Recipe, train: Dataset, seed: int, device: torch.device
+    rate: float, recipe: Recipe, dataset: Dataset, seed: int, device: torch.device
 ) -> list[float]:
-    """Train a new net at one rate; return the loss of each step."""
+    """Train a new model at one learning rate; return the loss of each step."""
     losses: list[float] = []
-    fit(
-        replace(recipe, learning_rate=rate),
-        train,
-        seed,
-        device,
-        after_epoch=lambda net, epoch_losses: losses.extend(epoch_losses),
-    )
+    recipe = replace(recipe, learning_rate=rate)
+    train(recipe, dataset, seed, device, lambda run, epoch_losses: losses.extend(epoch_losses))
     return losses
 
 
-def first_diverged(losses: Sequence[float]) -> int | None:
-    """Return the first step at which a run is lost: loss NaN, infinite, or far above a guess's."""
-    with np.errstate(invalid="ignore"):
-        lost = ~(smooth(losses) <= DIVERGED * GUESS_LOSS)  # NaN is not <= anything
-    return int(lost.argmax()) if lost.any() else None
+def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return the exponential moving average over the steps, the last axis of [..., steps].
 
-
-def judge(curves: dict[float, Sequence[float]]) -> dict[float, str]:
-    """Return a verdict in words for each rate, given each rate's losses.
-
-    The yardstick is the rate that ends lowest, of those that did not diverge. Of the way from a
-    guess to its loss, others have come some part; with too little of it, a rate is too high or
-    too low.
+    Its start is corrected for the average's empty past (Kingma and Ba 2015, section 3).
     """
-    diverged = {rate: first_diverged(losses) for rate, losses in curves.items()}
-    ends = {rate: smooth(losses)[-1] for rate, losses in curves.items() if diverged[rate] is None}
-    verdicts = {
-        rate: f"too high: leaps off at step {step + 1}"
-        for rate, step in diverged.items()
-        if step is not None
-    }
-    if ends:
-        best = min(ends, key=ends.__getitem__)
-        verdicts |= {rate: _compare_with_best(rate, best, ends) for rate in ends}
-    return verdicts
+    averaged = lfilter([1 - EMA_DECAY], [1, -EMA_DECAY], losses, axis=-1)
+    return averaged / (1 - EMA_DECAY ** np.arange(1, averaged.shape[-1] + 1))
 
 
-def _compare_with_best(rate: float, best: float, ends: dict[float, float]) -> str:
-    if ends[best] > LEARNS_NOTHING * GUESS_LOSS:
-        return "no better than a guess, and none here is"
+def divergence_step(losses: np.ndarray) -> int | None:
+    """Return the first step, from 1, at which one of the runs [runs, steps] has diverged."""
+    diverged = ~(smooth(losses) <= DIVERGES * CHANCE_LOSS).all(axis=0)  # NaN is not <= anything
+    return int(diverged.argmax()) + 1 if diverged.any() else None
+
+
+def final_loss(losses: np.ndarray) -> float:
+    """Return the smoothed loss at the end, the mean over the runs [runs, steps]."""
+    return float(smooth(losses)[:, -1].mean())
+
+
+def best_rate(curves: Mapping[float, np.ndarray]) -> float | None:
+    """Return the rate that ends at the lowest loss without diverging; None if none learns."""
+    ends = {rate: final_loss(runs) for rate, runs in curves.items() if not divergence_step(runs)}
+    learned = {rate: loss for rate, loss in ends.items() if loss < LEARNS * CHANCE_LOSS}
+    return min(learned, key=learned.__getitem__, default=None)
+
+
+def verdict(rate: float, curves: Mapping[float, np.ndarray]) -> str:
+    """Say what a rate does, and how much of the best one's loss reduction it reaches.
+
+    Args:
+        curves: losses [runs, steps] by rate; a reduction is measured from chance level.
+    """
+    best, step = best_rate(curves), divergence_step(curves[rate])
+    if step:
+        return f"too high: diverges at step {step}"
+    if best is None:
+        return "stays at chance level; no rate here does better"
     if rate == best:
         return "the best of these"
-    way = max(0.0, (GUESS_LOSS - ends[rate]) / (GUESS_LOSS - ends[best]))
-    if way > WORKS:
-        return f"works: {way:.0%} of the best one's way"
-    side = "high" if rate > best else "low: it crawls"
-    return f"too {side}, {way:.0%} of the best one's way"
+    reduction, most = (CHANCE_LOSS - final_loss(curves[each]) for each in (rate, best))
+    fraction = f"{max(0.0, reduction / most):.0%} of the best run's loss reduction"
+    if reduction > WORKS * most:
+        return f"works: {fraction}"
+    return f"too high: {fraction}" if rate > best else f"too low: converges too slowly, {fraction}"
+
+
+# ---- range test -------------------------------------------------------------------------------
 
 
 def range_test(
-    net: nn.Module, recipe: Recipe, batches: Iterable[tuple[Tensor, Tensor]], rates: Sequence[float]
+    model: nn.Module, recipe: Recipe, dataset: Dataset, device: torch.device
 ) -> list[float]:
-    """Take one step at each rate; return the loss before each step.
+    """Take one step at each of RANGE_TEST_RATES; return the loss before each step.
 
-    Ends early, with fewer losses than rates, once the smoothed loss is DIVERGED times its
-    lowest value, or NaN. The net itself is left as it was: a copy is trained.
+    It ends early once the smoothed loss is DIVERGES times its lowest value, or NaN. A copy of the
+    model is trained; the model itself stays as it is.
     """
-    net = copy.deepcopy(net).train()
-    optimizer = make_optimizer(net, recipe)
+    model = copy.deepcopy(model).train()
+    (optimizer,) = make_optimizers(model, recipe)
+    log_prior = torch.zeros(len(CLASS_NAMES), device=device)  # no logit adjustment
+    order = draw_balanced(dataset.labels, len(RANGE_TEST_RATES) * recipe.batch_size)
     losses: list[float] = []
-    for rate, (pictures, labels) in zip(rates, batches, strict=False):
-        optimizer.param_groups[0]["lr"] = rate
-        losses.append(train_step(net, optimizer, pictures, labels))
+    for rate, index in zip(RANGE_TEST_RATES, order.split(recipe.batch_size), strict=True):
+        images, labels = to_float(dataset.images[index].to(device)), dataset.labels[index]
+        loss = compute_loss(model, images, labels.to(device), recipe, log_prior)
+        optimizer.param_groups[0]["lr"] = float(rate)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
         smoothed = smooth(losses)
-        if not smoothed[-1] <= DIVERGED * smoothed.min():
+        if not smoothed[-1] <= DIVERGES * smoothed.min():
             break
     return losses
 
 
-def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """Return the rate at which the smoothed loss falls most steeply over log(rate).
+def smooth_without_lag(losses: Sequence[float], derivative: int = 0) -> np.ndarray:
+    """Return the losses of a range test, or their slope per step, smoothed by a Gaussian.
 
-    Up to its lowest point only: where it leaps and falls back, it learns nothing. The rates are
-    even in log; each fall is measured over a tenth of the steps, as that of one is mostly noise.
+    A leap, or NaN, counts as twice the loss at the start: more would blur into the steps beside it.
     """
-    smoothed = smooth(losses)
-    before = smoothed[: int(np.nanargmin(smoothed)) + 1]
-    span = len(before) // 10
-    falls = before[: len(before) - span] - before[span:]
-    return float(rates[int(falls.argmax()) + span // 2])
+    capped = np.fmin(losses, 2 * np.median(losses[:EDGE]))
+    return gaussian_filter1d(capped, RANGE_TEST_SMOOTHING, order=derivative)
 
 
-def draw_batches(
-    recipe: Recipe, train: Dataset, device: torch.device
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield batches (float pictures, labels) without end, drawn as the recipe says."""
-    pictures, labels = train.pictures.to(device), train.labels.to(device)
-    epochs = make_sampler(recipe, train.labels)
-    for index in chain.from_iterable(epoch.split(recipe.batch_size) for epoch in epochs):
-        yield as_input(pictures[index.to(device)]), labels[index.to(device)]
+def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> tuple[float | None, str]:
+    """Return the rate at which the loss falls most steeply over log(rate), and the reason.
+
+    Only falls before the lowest point count: where a loss leaps up and falls back, nothing is
+    learned. The rate is None if the losses suggest none.
+    """
+    if len(losses) < 3 * EDGE:
+        return None, f"the loss diverges after {len(losses)} steps, too few to tell"
+    smoothed = smooth_without_lag(losses)
+    lowest = int(smoothed.argmin())
+    if smoothed[lowest] > LEARNS * min(CHANCE_LOSS, smoothed[0]):
+        return None, "at no rate does the model become clearly better than chance"
+    steepest = int(smooth_without_lag(losses, derivative=1)[: lowest + 1].argmin())
+    if not EDGE <= steepest < len(losses) - EDGE:
+        return None, "the loss falls most steeply at the edge of the tested rates"
+    return float(rates[steepest]), "a new model's loss falls most steeply there"
 
 
-def draw_losses(ax: Axes, curves: dict[float, Sequence[float]]) -> Axes:
-    """Draw figure 3: smoothed loss against steps, one line a rate; a cross where it diverged."""
-    lowest = min(np.nanmin(smooth(losses)) for losses in curves.values())
-    top = 1.2 * DIVERGED * GUESS_LOSS  # what leaps higher leaves the picture, at its cross
+# ---- figures ----------------------------------------------------------------------------------
+
+
+def draw_losses(curves: Mapping[float, np.ndarray]) -> Figure:
+    """Draw figure 3: smoothed loss against steps, a line for each rate."""
+    figure, (ax,) = plots.new_figure(width=8.5, height=5)
     for number, (rate, losses) in enumerate(curves.items()):
-        color = figures.PALETTE[number % len(figures.PALETTE)]
-        style = ("-", "--", "-.", ":")[number % 4]
-        ax.plot(
-            np.arange(1, len(losses) + 1), smooth(losses), style, color=color, label=f"{rate:g}"
-        )
-        lost = first_diverged(losses)
-        if lost is not None:
-            height = top / 1.15 ** (number + 1)  # each at its own, so that none hides another
-            ax.plot(lost + 1, height, "X", color=color, markersize=11, mec="k")
-    ax.axhline(GUESS_LOSS, color="0.6", lw=0.8)
-    ax.annotate(
-        "a guess",
-        (1, GUESS_LOSS),
-        (0.99, 3),
-        color="0.4",
-        fontsize=8,
-        ha="right",
-        xycoords=("axes fraction", "data"),
-        textcoords=("axes fraction", "offset points"),
-    )
-    ax.set(
-        yscale="log",
-        xlabel="step",
-        ylabel="cross-entropy, smoothed (log axis)",
-    )
-    ticks = (0.1, 0.2, 0.5, 1, 2, 5)
+        color = plots.PALETTE[number % len(plots.PALETTE)]
+        style = plots.LINE_STYLES[number % len(plots.LINE_STYLES)]
+        steps = np.arange(1, losses.shape[1] + 1)
+        plots.plot_runs(ax, steps, smooth(losses), f"{rate:g}", color, style)
+    mark_divergence(ax, curves)
+    ax.axhline(CHANCE_LOSS, color="0.5", lw=0.8, ls=":", label="chance level")
+    ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+    ax.set(yscale="log", xlabel="step", ylabel="cross-entropy, smoothed (log axis)")
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    ax.set_ylim(0.8 * min(lowest, GUESS_LOSS), top)
-    ax.set_title("Loss by learning rate (cross: diverged, off the picture)")
-    ax.grid(alpha=0.3)
-    ax.legend(title="learning rate")
+    lowest = min(float(np.nanmin(smooth(losses))) for losses in curves.values())
+    ax.set_ylim(0.9 * min(lowest, CHANCE_LOSS), 1.5 * DIVERGES * CHANCE_LOSS)
+    ax.set_title("Loss by learning rate")
+    figure.legend(loc="outside right upper", title="learning rate")
+    return figure
+
+
+def mark_divergence(ax: Axes, curves: Mapping[float, np.ndarray]) -> Axes:
+    """Mark where runs diverge by a cross and words, each in a row of its own at the top."""
+    steps = [divergence_step(losses) for losses in curves.values()]
+    marked = [mark for mark in zip(steps, curves, ax.lines, strict=True) if mark[0]]
+    above = ax.get_xaxis_transform()  # steps to the right, fractions of the axes upward
+    for row, (step, rate, line) in enumerate(marked):
+        height = 0.95 - 0.06 * row
+        ax.plot(step, height, "X", color=line.get_color(), mec="k", transform=above)
+        text = f"   {rate:g} diverges"
+        ax.text(step, height, text, transform=above, va="center", fontsize=8)
     return ax
 
 
 def draw_range_test(
-    ax: Axes, rates: Sequence[float], losses: Sequence[float], suggestion: float
-) -> Axes:
-    """Draw the range test: loss against rate, both as measured and smoothed."""
-    rates = rates[: len(losses)]
+    rates: np.ndarray, losses: Sequence[float], suggestion: float | None, best: float | None
+) -> Figure:
+    """Draw the range test: loss against rate, each step and smoothed, and the rates to take."""
+    figure, (ax,) = plots.new_figure(width=8.5, height=5)
+    smoothed = smooth_without_lag(losses)
     ax.plot(rates, losses, ".", color="0.75", label="each step")
-    ax.plot(rates, smooth(losses), color=figures.PALETTE[0], label="smoothed")
-    ax.axvline(suggestion, color=figures.PALETTE[3], ls="--", label=f"suggested: {suggestion:.2g}")
-    highest = max(losses[0], np.nanmax(smooth(losses)))
-    ax.set(xscale="log", xlabel="learning rate", ylabel="cross-entropy", ylim=(0, 1.2 * highest))
+    ax.plot(rates, smoothed, color=plots.PALETTE[0], label="smoothed")
+    if suggestion:
+        label = f"{suggestion:.2g}: falls most steeply\n(suggested)"
+        ax.axvline(suggestion, color=plots.PALETTE[3], ls="--", label=label)
+    if best:
+        label = f"{best:g}: lowest loss at the end\nof a run (figure 3)"
+        ax.axvline(best, color=plots.PALETTE[2], ls="-.", label=label)
+    margin = 0.5 * (smoothed[0] - smoothed.min()) + 0.05  # what leaps higher leaves the figure
+    ax.set_ylim(np.nanmin(losses) - 0.02, smoothed[0] + margin)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="cross-entropy")
     ax.set_title("Learning-rate range test")
     ax.grid(alpha=0.3)
-    ax.legend()
-    return ax
+    figure.legend(loc="outside right upper")
+    return figure
 
 
-def analyse_rates(
-    rates: list[float], recipe: Recipe, train: Dataset, seed: int, device: torch.device
-) -> dict[float, list[float]]:
-    """Train at each rate, side by side where cores allow; return the losses by rate."""
-    jobs = [(rate, recipe, train, seed, device) for rate in rates]
-    losses = machine.side_by_side(losses_at_rate, jobs, device, "learning rates")
-    return dict(zip(rates, losses, strict=True))
+# ---- the script -------------------------------------------------------------------------------
+
+
+def analyze_rates(
+    rates: list[float], recipe: Recipe, dataset: Dataset, seeds: list[int], device: torch.device
+) -> dict[float, np.ndarray]:
+    """Train at each rate with each seed, side by side; return losses [seeds, steps] by rate."""
+    jobs = [(rate, recipe, dataset, seed, device) for rate in rates for seed in seeds]
+    losses = list(parallel_map(losses_at_rate, jobs, device, "learning rates"))
+    return dict(zip(rates, np.array(losses).reshape(len(rates), len(seeds), -1), strict=True))
+
+
+def analyze_range(
+    recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, best: float | None
+) -> dict[str, object]:
+    """Run the range test with a new model; return what the JSON file says of it."""
+    torch.manual_seed(seed)
+    job = (build_model(recipe.network).to(device), recipe, dataset, device)
+    (losses,) = parallel_map(range_test, [job], device, "range test")
+    rates = RANGE_TEST_RATES[: len(losses)].tolist()
+    suggestion, explanation = suggest_rate(rates, losses)
+    if suggestion and best:
+        explanation += (
+            f"; after {recipe.epochs} epochs {best:g} has the lowest loss of the rates above"
+            " (the test knows only the first steps of a run)"
+        )
+    numbers = {"rates": rates, "losses": losses, "suggestion": suggestion}
+    return numbers | {"explanation": explanation}
 
 
 def main() -> None:
     """Compare learning rates, and search for one by a range test."""
-    parser = console.make_parser(__doc__)
+    parser = cli.make_parser(__doc__, several_seeds=True)
     parser.add_argument(
         "--rates",
-        type=console.positive_number,
+        type=cli.positive_float,
         nargs="+",
         default=list(REPORT_RATES),
         help="the learning rates to compare",
     )
     parser.add_argument(
-        "--epochs", type=console.positive_whole_number, help=f"a rate; without it, {RECIPE.epochs}"
+        "--epochs", type=cli.positive_int, help=f"at each rate; without it, {RECIPE.epochs}"
     )
     arguments = parser.parse_args()
-    device = machine.choose_device(arguments.device)
-    train = open_source(arguments.data, arguments.data_seed).load("train", arguments.quick)
-    results = Results(arguments, describe(train))
+    device = choose_device(arguments.device)
+    dataset = open_data(arguments.data).load("train", arguments.quick)
+    results = cli.Results(arguments, describe(dataset))
     recipe = with_epochs(RECIPE, arguments.epochs, arguments.quick)
 
-    curves = analyse_rates(
-        list(dict.fromkeys(arguments.rates)), recipe, train, arguments.seed, device
-    )
-    verdicts = judge(curves)
-    console.print_table(
-        ["learning rate", "loss at the end", "verdict"],
-        [[f"{rate:g}", f"{smooth(curves[rate])[-1]:.3f}", verdicts[rate]] for rate in curves],
-    )
-    figure, (ax,) = figures.new_figure(width=8, height=5)
-    draw_losses(ax, curves)
-    results.save_figure("3-learning-rates", figure)
-
-    torch.manual_seed(arguments.seed)
-    tested_rates = np.geomspace(*RANGE_TEST_RATES, RANGE_TEST_STEPS)
-    net = build_network().to(device)
-    losses = range_test(net, recipe, draw_batches(recipe, train, device), tested_rates)
-    suggestion = suggest_rate(tested_rates, losses)
-    print(f"\nrange test: the loss falls fastest at learning rate {suggestion:.2g}")
-    figure, (ax,) = figures.new_figure(width=8, height=5)
-    draw_range_test(ax, tested_rates, losses, suggestion)
-    results.save_figure("3-range-test", figure)
+    rates = list(dict.fromkeys(arguments.rates))
+    curves = analyze_rates(rates, recipe, dataset, arguments.seed, device)
+    best = best_rate(curves)
+    tested = analyze_range(recipe, dataset, arguments.seed[0], device, best)
     by_rate = {
-        f"{rate:g}": {
-            "verdict": verdicts[rate],
-            "diverged_at_step": first_diverged(curve),
-            "smoothed_losses": smooth(curve).tolist(),
+        f"{rate:.15g}": {
+            "verdict": verdict(rate, curves),
+            "diverged_at_step": divergence_step(runs),
+            "smoothed_losses": smooth(runs).mean(axis=0).tolist(),
         }
-        for rate, curve in curves.items()
+        for rate, runs in curves.items()
     }
-    test = {"rates": tested_rates[: len(losses)].tolist(), "losses": losses}
-    results.save_json(
-        "lr_analysis", {"rates": by_rate, "range_test": test | {"suggestion": suggestion}}
-    )
+    numbers = {"model": MODEL, "recipe": asdict(recipe), "rates": by_rate, "range_test": tested}
+    results.save_json("lr_analysis", numbers)
+    results.save_figure("3-learning-rates", draw_losses(curves))
+    figure = draw_range_test(tested["rates"], tested["losses"], tested["suggestion"], best)
+    results.save_figure("3-range-test", figure)
+
+    cli.say(f"{MODEL}, {recipe.epochs} epochs")
+    rows = [
+        [rate, f"{each['smoothed_losses'][-1]:.4g}", each["verdict"]]
+        for rate, each in by_rate.items()
+    ]
+    cli.print_table(["learning rate", "loss at the end", "verdict"], rows)
+    suggestion = tested["suggestion"]
+    words = f"learning rate {suggestion:.2g} is suggested" if suggestion else "no suggestion"
+    cli.say(f"\nrange test: {words}: {tested['explanation']}")
     results.print_written()
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

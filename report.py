@@ -1,367 +1,568 @@
-"""All steps of the report in order, and one page with every figure and number of theirs.
+"""All steps of the report in order, and one page with every figure and number.
 
     python report.py
     python report.py --full --seed 0,1,2
-    python report.py --hand-in my_name
+    python report.py --labels my_corrections.csv
+    python report.py --hand-in my_work --author "My Name" --checkpoint mine.ckpt
 
-Each step is one of the scripts, run as you would run it yourself, in a folder of its own. A step
-whose options, data and code are what they were the last time is not run again, so that a report
-that was stopped goes on where it was.
+Each step is one of the scripts, run as you would run it yourself; its files are in
+report/steps/<step>. A step whose options, input files, data and code are unchanged is not run
+again: a report that was stopped goes on where it was.
 """
 
 import argparse
-import ast
+import base64
 import contextlib
+import csv
 import hashlib
 import json
 import os
 import platform
-import shutil
+import shlex
+import struct
+import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import dataclass, replace
-from importlib import import_module
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import joblib
+from common import cli, metrics
+from common.cli import PROJECT, UserError
+from common.data import CLASS_NAMES, SPLITS, describe, open_data, read_corrections
+from common.metrics import SCORE_TITLES
+from common.model import choose_device, describe_checkpoint, load_checkpoint
 
-from adversarial import ATTACK_TITLES
-from common import console, machine
-from common.console import PROJECT, UserError
-from common.dataset import DATA_FOLDER, PARTS, describe, open_source
-from common.page import Files, render
-from common.results import write_whole
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-TEMPLATE = PROJECT / "common" / "report.html"
-HANDED_IN = (
-    "*.py",
-    "common/*.py",
-    "common/*.html",
-    "models/*.ckpt",
-    "docs/*.png",
-    "*.txt",
-    "README.md",
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
+SECONDS_FOR_CTRL_C = 2.0  # that a script may take to end by itself
+# What goes into the zip file to hand in, besides the report itself.
+PACKED = (
+    "*.py *.html README.md requirements*.txt pyproject.toml Makefile LICENSE common/*.py "
+    "data/*.py data/README.md models/*.ckpt docs/* tests/*.py benchmarks/*.py"
 )
+
+
+# ---- the steps ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the report.
+    """One step of the report."""
 
-    Attributes:
-        name: of its folder.
-        title: what it does, for the page and the terminal.
-        script: that does it.
-        weight: about how many seconds it takes on two cores; only shares of them count, to say
-            what is left.
-        options: of the script; {name} stands for the folder of another step.
-        needs: the steps whose files it reads.
-        all_seeds: whether it takes all seeds or just the first.
-        resumes: whether the script can go on after it was killed.
-        full: whether it is left out but for --full.
-    """
-
-    name: str
+    name: str  # of its folder
     title: str
-    script: str
-    weight: float
-    options: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    all_seeds: bool = False
-    resumes: bool = False
-    full: bool = False
+    weight: float  # about how many seconds it takes; only the proportions matter
+    # {name} stands for the folder of another step, {labels} for the file of label corrections,
+    # {checkpoint} for the model to hand in.
+    command: str
+    all_seeds: bool = False  # or the first one only
+    full: bool | None = None  # only with --full, only without it, or in both cases
+
+    @property
+    def script(self) -> str:
+        """The script's file name."""
+        return self.command.split()[0]
+
+    @property
+    def result(self) -> str:
+        """The JSON file that the step leaves."""
+        return "mismatch.json" if self.name == "mismatch" else f"{Path(self.script).stem}.json"
 
 
-FINAL = "{recipes}/final.ckpt"
+RECIPE = "training.py --recipe"
+ATTACK = "adversarial.py --checkpoint {recipes}/final.ckpt"
 STEPS = (
-    Step("data", "1. What is in the data", "inspectData.py", 2),
-    Step("pre-trained", "2. The pre-trained net", "evaluation.py", 1),
-    Step("label-errors", "3c. Which labels are wrong", "label_errors.py", 90),
+    Step("data", "1. What is in the data", 5, "inspectData.py"),
+    Step("pre-trained", "2. The pre-trained model", 3, "evaluation.py"),
+    Step("label-errors", "3c. Which labels are wrong", 90, "label_errors.py"),
+    Step("recipes", "3. The report's recipes, and tuned", 80, f"{RECIPE} all", all_seeds=True),
     Step(
-        "recipes",
-        "3. The report's recipes, and tuned",
-        "training.py",
-        80,
-        ("--recipe", "all"),
+        "corrected-labels",
+        "3c. The final recipe with corrected labels",
+        10,
+        RECIPE + " final --labels {labels}",
         all_seeds=True,
-        resumes=True,
-    ),
-    Step(
-        "mended-labels",
-        "3c. The final recipe with mended labels",
-        "training.py",
-        8,
-        ("--recipe", "final", "--label-fixes", "{label-errors}/label_fixes.csv"),
-        needs=("label-errors",),
-        all_seeds=True,
-        resumes=True,
     ),
     Step(
         "mismatch",
         "3g. Pixels in the wrong range",
-        "training.py",
-        1,
-        ("--show-mismatch", "--checkpoint", FINAL),
-        needs=("recipes",),
+        3,
+        "training.py --show-mismatch --checkpoint {recipes}/final.ckpt",
     ),
-    Step(
-        "best",
-        "3. The recipe best",
-        "training.py",
-        110,
-        ("--recipe", "best"),
-        all_seeds=True,
-        resumes=True,
-        full=True,
-    ),
-    Step("tuning", "3i. Settings searched", "tuning.py", 220, full=True),
-    Step(
-        "robust",
-        "5. The recipe robust",
-        "training.py",
-        230,
-        ("--recipe", "robust"),
-        resumes=True,
-        full=True,
-    ),
-    Step("learning-rates", "4. Learning rates", "lr_analysis.py", 12),
-    Step(
-        "attacks",
-        "5. Attacks",
-        "adversarial.py",
-        22,
-        ("--checkpoint", FINAL),
-        needs=("recipes",),
-    ),
+    Step("best", "3. The recipe best", 150, f"{RECIPE} best", all_seeds=True, full=True),
+    Step("tuning", "3i. A search for settings", 220, "tuning.py", full=True),
+    Step("model", "The model to hand in", 3, "evaluation.py --checkpoint {checkpoint}"),
+    Step("learning-rates", "4. Learning rates", 15, "lr_analysis.py", all_seeds=True),
+    Step("robust", "5. The recipe robust", 230, f"{RECIPE} robust", full=True),
+    Step("attacks", "5. Attacks", 25, ATTACK, full=False),
+    Step("attacks", "5. Attacks", 25, ATTACK + " --robust {robust}/robust.ckpt", full=True),
 )
-
-
-def steps_of(full: bool) -> list[Step]:
-    """Return the steps of a report, in order."""
-    if not full:
-        return [step for step in STEPS if not step.full]
-    *before, attacks = STEPS
-    options = (*attacks.options, "--robust", "{robust}/robust.ckpt")
-    return [*before, replace(attacks, options=options, needs=(*attacks.needs, "robust"))]
-
-
-def sources_of(script: Path) -> set[Path]:
-    """Return the project's files that a script consists of: itself, and all that it imports."""
-    found, waiting = set(), [script]
-    while waiting:
-        path = waiting.pop()
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            if isinstance(node, ast.ImportFrom):  # the names may be modules themselves
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            files = {PROJECT / (str(name).replace(".", "/") + ".py") for name in names}
-            waiting += [file for file in files - found if file.is_file()]
-    return found
 
 
 class Report:
     """The steps of one report, and the folder in which they leave their files.
 
-    Args:
-        folder: for the page, and a folder of each step in `steps/`.
-        arguments: the parsed options.
+    Raises:
+        UserError: data, device, checkpoint or corrections can't be used: found out before any work.
     """
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
-        self.folder, self.arguments = folder, arguments
-        source = open_source(arguments.data, arguments.data_seed)
-        self.data = arguments.data
-        if self.data == "auto":  # not to be looked for again by each step
-            self.data = source.name if source.name in ("cifar10", "sketches") else str(DATA_FOLDER)
-        self.facts = describe(*(source.load(part, arguments.quick) for part in PARTS))
-        self.steps = steps_of(arguments.full)
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.arguments, self.folder = arguments, folder
+        self.steps = [step for step in STEPS if step.full in (None, arguments.full)]
         self.seconds: dict[str, float] = {}
+        self.versions = {"Python": platform.python_version()} | {p: version(p) for p in PACKAGES}
+        choose_device(arguments.device)
+        source = open_data(arguments.data)
+        # The steps need not search again.
+        self.data_option = str(source.path) if arguments.data == "auto" else arguments.data
+        self.train, dev = (source.load(split, arguments.quick) for split in SPLITS)
+        self.data = describe(self.train, dev)
+        if arguments.labels:
+            read_corrections(arguments.labels, self.train)
+        if arguments.checkpoint:
+            load_checkpoint(arguments.checkpoint, arguments.pixel_range)
 
-    def path_of(self, step: Step | str) -> Path:
-        """Return the folder of a step."""
-        return self.folder / "steps" / (step if isinstance(step, str) else step.name)
-
-    def key_of(self, step: Step) -> str:
-        """Return a fingerprint of all that the results of a step follow from."""
-        needed = [self.key_of(other) for other in self.steps if other.name in step.needs]
-        read = sources_of(PROJECT / step.script) | set((PROJECT / "models").glob("*.ckpt"))
-        code = [path.read_bytes() for path in sorted(read)]
-        facts = [step.options, self._shared_options(step), self.facts, needed]
-        facts += [hashlib.sha256(b"".join(code)).hexdigest(), self.versions(), os.cpu_count()]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions of what the numbers depend on."""
-        names = ("torch", "torchvision", "numpy", "scikit-learn", "cleanlab", "matplotlib")
-        return {"Python": platform.python_version()} | {name: version(name) for name in names}
-
-    def _shared_options(self, step: Step) -> list[str]:
-        seeds = self.arguments.seed if step.all_seeds else self.arguments.seed[:1]
-        options = ["--data-seed", str(self.arguments.data_seed), "--device", self.arguments.device]
-        options += ["--seed", ",".join(map(str, seeds))]
-        return [*options, "--quick"] if self.arguments.quick else options
+        top = "{best}/best.ckpt" if arguments.full else "{recipes}/tuned.ckpt"
+        labels = "{label-errors}/label_corrections.csv"
+        self.paths = {step.name: str(folder / "steps" / step.name) for step in self.steps}
+        self.paths |= {
+            "checkpoint": str(arguments.checkpoint or top.format_map(self.paths)),
+            "labels": str(arguments.labels or labels.format_map(self.paths)),
+        }
 
     def run(self) -> None:
         """Run the steps that are not done yet, and say how far it is."""
         for number, step in enumerate(self.steps):
-            state = self._state(step)
             head = f"[{number + 1}/{len(self.steps)}] {step.title}"
-            if state.get("finished") and not self.arguments.fresh:
-                print(f"{head}: done before")
+            origin, state = self.origin_of(step), self.state_of(step)
+            seconds = state.pop("seconds", None)
+            if state == origin and seconds is not None:
+                cli.say(f"{head}: done before")
             else:
-                print(f"{head} ...{self._left(number)}", flush=True)
-                state = self._run_step(step, state)
-                print(f"{' ' * len(f'[{number + 1}/{len(self.steps)}]')} {state['seconds']:.0f} s")
-            self.seconds[step.name] = state["seconds"]
+                cli.say(f"{head} ...{self.time_left(number)}")
+                sys.stdout.flush()
+                seconds = self.run_step(step, origin, resume=state == origin)
+            self.seconds[step.name] = seconds
 
-    def _left(self, number: int) -> str:
-        """Say how long the rest will take, judged by how long the steps so far have taken."""
-        expected = sum(step.weight for step in self.steps[:number])
-        slowness = sum(self.seconds.values()) / expected if expected else 1.0
-        left = slowness * sum(step.weight for step in self.steps[number:])
+    def options_of(self, step: Step) -> list[str]:
+        """Return the options with which a step's script is called."""
+        arguments = self.arguments
+        seeds = arguments.seed if step.all_seeds else arguments.seed[:1]
+        options = [option.format_map(self.paths) for option in step.command.split()[1:]]
+        options += ["--data", self.data_option, "--device", arguments.device]
+        options += ["--seed", ",".join(map(str, seeds)), "--out", self.paths[step.name]]
+        if step.name == "model" and arguments.pixel_range:
+            options += ["--pixel-range", "{:g},{:g}".format(*arguments.pixel_range)]
+        return [*options, "--quick"] if arguments.quick else options
+
+    def origin_of(self, step: Step) -> dict[str, Any]:
+        """Return all that the results of a step follow from."""
+        options = self.options_of(step)
+        code = [PROJECT / step.script, *(PROJECT / "common").glob("*.py")]
+        return {
+            "options": options,
+            "data": self.data,
+            "inputs": digest([Path(option) for option in options if Path(option).is_file()]),
+            "code": digest([*code, *(PROJECT / "models").glob("*.ckpt")]),
+            "versions": self.versions,
+        }
+
+    def state_of(self, step: Step) -> dict[str, Any]:
+        """Return the step.json that an earlier run has left; {} if it is of no use.
+
+        Its `seconds` are null if the step was not finished.
+        """
+        folder = Path(self.paths[step.name])
+        try:
+            state = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(state, dict) or not isinstance(state.get("seconds"), float | None):
+            return {}
+        finished = state.get("seconds") is not None
+        return {} if finished and not (folder / step.result).is_file() else state
+
+    def time_left(self, number: int) -> str:
+        """Say how long the rest will take if this machine stays as fast as it has been."""
+        seeds = len(self.arguments.seed)
+        weights = [step.weight * (seeds if step.all_seeds else 1) for step in self.steps]
+        before, left = sum(weights[:number]), sum(weights[number:])
+        left *= sum(self.seconds.values()) / before if before else 1
         return "" if self.arguments.quick else f" about {max(1, round(left / 60))} min left"
 
-    def _state(self, step: Step) -> dict[str, Any]:
-        """Return what an earlier run of the very same step has left, {} if there was none."""
-        try:
-            state = json.loads((self.path_of(step) / "step.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return state if state.get("key") == self.key_of(step) else {}
-
-    def _run_step(self, step: Step, state: dict[str, Any]) -> dict[str, Any]:
-        folder = self.path_of(step)
-        goes_on = bool(state) and step.resumes and not self.arguments.fresh
-        if not goes_on:
-            shutil.rmtree(folder, ignore_errors=True)
-            state = {"key": self.key_of(step), "seconds": 0.0, "finished": False}
+    def run_step(self, step: Step, origin: dict[str, Any], resume: bool) -> float:
+        """Run a step's script; return how many seconds it took."""
+        folder, start = Path(self.paths[step.name]), time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
-        start, before = time.perf_counter(), state["seconds"]
-        try:
-            self._save_state(folder, state)
-            self._call(step, folder, goes_on)
-            state["finished"] = True
-        finally:
-            state["seconds"] = before + time.perf_counter() - start
-            self._save_state(folder, state)
-        return state
+        options = origin["options"]
+        if resume and "--recipe" in options:
+            options = [*options, "--resume"]
+        else:
+            for checkpoint in folder.glob("*.ckpt"):  # else a later --resume would take it up
+                checkpoint.unlink()
+        write_json(folder / "step.json", origin | {"seconds": None})
+        with (folder / "printed.txt").open("wb") as printed:
+            run_script(step.script, options, printed)
+        seconds = round(time.perf_counter() - start, 1)
+        write_json(folder / "step.json", origin | {"seconds": seconds})
+        return seconds
 
-    @staticmethod
-    def _save_state(folder: Path, state: dict[str, Any]) -> None:
-        write_whole(folder / "step.json", lambda path: path.write_text(json.dumps(state) + "\n"))
+    def compare_steps(self) -> None:
+        """Compare models of different steps on the same images; write comparisons.json."""
+        found = {"corrected-labels": self.compare("corrected-labels/final", "recipes/final")}
+        if self.arguments.full:
+            found["best"] = self.compare("best/best", "recipes/tuned")
+        found["near_duplicates"] = self.without_near_duplicates()
+        write_json(self.folder / "steps/comparisons.json", found)
 
-    def _call(self, step: Step, folder: Path, goes_on: bool) -> None:
-        """Call the script as the terminal would; keep what it prints in a file."""
-        folders = {other.name: self.path_of(other) for other in self.steps}
-        options = [option.format_map(folders) for option in step.options]
-        options += ["--data", self.data, "--out", str(folder), *self._shared_options(step)]
-        kept = sys.argv
-        sys.argv = [step.script, *options, *(["--resume"] if goes_on else [])]
-        try:
-            with (
-                (folder / "printed.txt").open("w", encoding="utf-8") as printed,
-                contextlib.redirect_stdout(printed),
-            ):
-                import_module(Path(step.script).stem).main()
-        finally:
-            sys.argv = kept
+    def compare(self, run: str, baseline: str) -> dict[str, Any]:
+        """Return the paired differences between two recipes of different steps."""
+        (labels, predicted), (_, others) = self.predictions(run), self.predictions(baseline)
+        return {score: metrics.compare(labels, predicted, others, score) for score in SCORE_TITLES}
+
+    def predictions(self, run: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return dev's labels [N] and the predicted classes [seeds, N] of a recipe of a step."""
+        step, recipe = run.split("/")
+        names = [recipe, *(f"{recipe}-seed{seed}" for seed in self.arguments.seed[1:])]
+        folder = Path(self.paths[step])
+        runs = [read_predictions(folder / f"predictions-{name}.csv") for name in names]
+        return runs[0][0], np.stack([predicted for _, predicted in runs])
+
+    def without_near_duplicates(self) -> dict[str, Any]:
+        """Return the scores of the model to hand in without the dev images that train has too."""
+        labels, predicted = read_predictions(Path(self.paths["model"]) / "predictions.csv")
+        pairs = read_json(Path(self.paths["data"]) / "inspectData.json")["near_duplicates"]
+        others = np.delete(np.arange(len(labels)), [pair["dev"] for pair in pairs])
+        whole = len(np.unique(labels[others])) == len(CLASS_NAMES)  # else there is no G-mean
+        scores = metrics.evaluate(labels[others], predicted[others]) if whole else None
+        return {"images": len(labels) - len(others), "others": scores}
 
     def write_page(self) -> Path:
         """Write the page; return its path."""
-        text = render(
-            TEMPLATE,
-            Files(self.folder / "steps"),
-            data=self.facts,
-            arguments=self.arguments,
-            steps=self.steps,
-            seconds=self.seconds,
-            versions=self.versions(),
-            machine=describe_machine(),
-            titles=ATTACK_TITLES,
-        )
+        files = Files(self.folder / "steps", [step.name for step in self.steps])
         path = self.folder / "index.html"
-        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        facts = {name: getattr(self, name) for name in ("data", "steps", "seconds", "versions")}
+        facts |= {"arguments": self.arguments, "about": self.about(), "machine": describe_machine()}
+        text = render(files, **facts)
+        cli.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
         return path
 
-    def net(self) -> Path:
-        """Return the checkpoint of the net to hand in: of the best recipe, first seed."""
-        name, recipe = ("best", "best") if self.arguments.full else ("recipes", "tuned")
-        return self.path_of(name) / f"{recipe}.ckpt"
+    def about(self) -> dict[str, str]:
+        """Return what the page and AUTHOR.txt say of the work: whose it is, and what it is."""
+        path, labels = (Path(self.paths[name]) for name in ("checkpoint", "labels"))
+        _, metadata = load_checkpoint(path, self.arguments.pixel_range)
+        settings = metadata.get("recipe")
+        settings = settings.items() if isinstance(settings, dict) else []
+        corrections = read_corrections(labels, self.train)
+        accepted = sum(correction.accept for correction in corrections)
+        return {
+            "author": " ".join(self.arguments.author.split()),
+            "model": f"{path.name}, {describe_checkpoint(metadata)}",
+            "settings": ", ".join(f"{key} {cli.show(value)}" for key, value in settings if value),
+            "label corrections": f"{labels.name}, {accepted} of {len(corrections)} accepted",
+            "command": shlex.join(["python", "report.py", *sys.argv[1:]]),
+        }
 
     def pack(self, name: Path) -> Path:
-        """Pack scripts, net and page into `<name>.zip`, from which all can be run again."""
+        """Pack code, model, page and results into `<name>.zip`, in which all can be run again."""
+        files = {
+            f.relative_to(PROJECT): f
+            for p in PACKED.split()
+            for f in PROJECT.glob(p)
+            if f.is_file()
+        }
+        inside = Path("report")
+        files[inside / "index.html"] = self.folder / "index.html"
+        files[inside / "model.ckpt"] = Path(self.paths["checkpoint"])
+        files[inside / "label_corrections.csv"] = Path(self.paths["labels"])
+        files[inside / "steps/comparisons.json"] = self.folder / "steps/comparisons.json"
+        for step in self.steps:
+            for file in Path(self.paths[step.name]).glob("*.[cj]s[vo]*"):  # CSV and JSON
+                if file.name != "step.json":  # there, the steps are still to be run
+                    files[inside / "steps" / step.name / file.name] = file
+        about = "".join(f"{key}: {value}\n" for key, value in self.about().items())
+
+        def write(part: Path) -> None:
+            settings = {"compression": zipfile.ZIP_DEFLATED, "strict_timestamps": False}
+            with zipfile.ZipFile(part, "w", **settings) as archive:
+                archive.writestr(f"{name.name}/AUTHOR.txt", cli.clean(about))
+                for packed, file in sorted(files.items()):
+                    archive.write(file, Path(name.name) / packed)
+
         path = name.with_name(f"{name.name}.zip")
-        packed = [file for pattern in HANDED_IN for file in PROJECT.glob(pattern)]
-        files = {file.relative_to(PROJECT): file for file in packed}
-        files[Path("report/index.html")] = self.folder / "index.html"
-        files[Path("report/net.ckpt")] = self.net()
-
-        def write(temporary: Path) -> None:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-                for inside, file in sorted(files.items()):
-                    archive.write(file, Path(name.name) / inside)
-
-        try:
-            write_whole(path, write)
-        except OSError as error:
-            raise UserError(f"--hand-in {name}: can't be written: {error.strerror}") from error
+        cli.remove_leftovers(path.parent)
+        cli.write_atomic(path, write)
         return path
+
+
+# ---- running and comparing the steps --------------------------------------------------------
+
+
+def run_script(script: str, options: list[str], printed: Any) -> None:
+    """Run a script; what it prints goes to a file, its progress and its errors to the terminal.
+
+    If it fails, it has said why in one line: the report ends with the same status.
+    """
+    command = [sys.executable, str(PROJECT / script), *options]
+    environment = os.environ | {cli.PARENT: str(os.getpid())}
+    process = subprocess.Popen(command, stdout=printed, env=environment)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        # Ctrl-C has reached the script too; whatever else stopped the report has not.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_FOR_CTRL_C)
+        process.terminate()
+        process.wait()
+        raise
+    if status < 0:
+        raise UserError(f"{script}: was killed by signal {-status}")
+    if status:
+        sys.exit(status)
 
 
 def describe_machine() -> str:
-    """Return what the numbers were measured on, in a few words."""
+    """Return in a few words what the steps ran on."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return f"{processor}, {joblib.cpu_count()} cores, {platform.system()}"
+    return f"{processor}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def digest(paths: list[Path]) -> str:
+    """Return a fingerprint of the contents of files."""
+    each = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)]
+    return hashlib.sha256(" ".join(each).encode()).hexdigest()[:12]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(content, indent=2) + "\n"
+    cli.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second report out of the folder; the lock of a process that has ended is ignored.
+
+    Raises:
+        UserError: another report is being made there.
+    """
+    lock = folder / "running.pid"
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        owner = int(lock.read_text(encoding="utf-8"))
+        if owner == os.getpid() or not cli.is_running(owner):
+            lock.unlink()
+    try:
+        file = lock.open("x", encoding="utf-8")
+    except FileExistsError as error:
+        message = f"{folder}: another report.py is writing to it; if none is, delete {lock}"
+        raise UserError(message) from error
+    try:
+        with file:
+            file.write(str(os.getpid()))
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"{path}: can't be read; delete {path.parent} to run this step again"
+        raise UserError(message) from error
+
+
+def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels [N] and the predicted classes [N] of a predictions file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [(row["label"], row["predicted"]) for row in csv.DictReader(file)]
+    labels, predicted = zip(*rows, strict=True)
+    return tuple(np.array([CLASS_NAMES.index(name) for name in c]) for c in (labels, predicted))
+
+
+# ---- the page -------------------------------------------------------------------------------
+
+FORMATS = {
+    "percent": "{:.1%}",
+    "whole percent": "{:.0%}",
+    "score": "{:.3f}",
+    "fraction": "{:.2f}",
+    "signed": "{:+.3f}",
+    "count": "{:,.0f}",
+    "short": "{:.2g}",
+}
+SCREEN_DPI = 96  # what browsers take an inch for
+COLUMN_WIDTH = 736  # of the page's text, in such pixels; wider figures stick out of it
+
+
+class Files:
+    """The files of the steps, and the HTML that shows what is in them.
+
+    Args:
+        folder: holds one folder per step.
+        steps: names of the steps that belong to this report; others may be left from an earlier.
+    """
+
+    def __init__(self, folder: Path, steps: Collection[str]) -> None:
+        self.folder, self.steps = folder, steps
+        self.read: dict[str, Any] = {}
+
+    def has(self, step: str) -> bool:
+        """Tell whether a step belongs to this report."""
+        return step in self.steps
+
+    def value(self, file: str, path: str = "") -> Any:
+        """Return what stands in a JSON file, such as recipes/training.json, at a path of keys."""
+        if file not in self.read:
+            self.read[file] = read_json(self.folder / file)
+        found = self.read[file]
+        for key in filter(None, path.split("/")):
+            found = found[int(key) if isinstance(found, list) else key]
+        return found
+
+    def number(self, file: str, path: str, kind: str = "score") -> Markup:
+        """Return a number of a JSON file as HTML that says where it is from; a dash for null."""
+        value = self.value(file, path)
+        if value is None:
+            return Markup("–")
+        text = FORMATS[kind].format(value).replace("-", "\N{MINUS SIGN}")
+        return self._marked(value, f"{file}: {path}", text)
+
+    def count(self, file: str, path: str) -> Markup:
+        """Return the number of entries of a list in a JSON file, as HTML."""
+        entries = len(self.value(file, path))
+        return self._marked(entries, f"{file}: {path}, entries", f"{entries:,}")
+
+    @staticmethod
+    def _marked(value: float, title: str, text: str) -> Markup:
+        html = Markup('<data value="{}" title="{}">{}</data>')
+        return html.format(repr(value), title, text)
+
+    def spread(self, file: str, path: str, score: str, kind: str = "score") -> Markup:
+        """Return a mean over seeds as HTML, with its standard deviation if there are several."""
+        mean = self.number(file, f"{path}/{score}", kind)
+        if len(self.value(file, path).get("runs", [])) < 2:
+            return mean
+        return mean + Markup("&nbsp;±&nbsp;") + self.number(file, f"{path}/spread/{score}", kind)
+
+    def interval(self, file: str, path: str, kind: str = "fraction") -> Markup:
+        """Return the two numbers of an interval as HTML."""
+        low, high = (self.number(file, f"{path}/{end}", kind) for end in "01")
+        return Markup("[{},&nbsp;{}]").format(low, high)
+
+    def comparison(self, file: str, path: str, other: str) -> Markup:
+        """Say how a model compares to the other one: only what the difference's interval allows."""
+        low, high = self.value(file, f"{path}/interval")
+        words = "better than {}" if low > 0 else "worse than {}"
+        if low <= 0 <= high:
+            words = "not measurably different from {}"
+        difference = self.number(file, f"{path}/difference", "signed")
+        interval = self.interval(file, f"{path}/interval", "signed")
+        return Markup(words + " ({} {})").format(other, difference, interval)
+
+    def figure(self, file: str, caption: str, label: str = "") -> Markup:
+        """Return a figure as HTML with the image in it; nothing if no step has drawn it."""
+        path = self.folder / file
+        if not path.exists() or file.split("/")[0] not in self.steps:
+            return Markup("")
+        image = path.read_bytes()
+        sizes = struct.unpack(">II", image[16:24])  # a PNG's width and height
+        width, height = (round(size * SCREEN_DPI / cli.FIGURE_DPI) for size in sizes)
+        return Markup(
+            '<figure{}><div class="card"><img width="{}" height="{}" alt="{}" '
+            'src="data:image/png;base64,{}"></div><figcaption>{}{}</figcaption></figure>'
+        ).format(
+            Markup(' class="wide"') if width > COLUMN_WIDTH else "",
+            width,
+            height,
+            caption,
+            base64.b64encode(image).decode(),
+            Markup("<strong>{}.</strong> ").format(label) if label else "",
+            caption,
+        )
+
+
+def render(files: Files, **facts: Any) -> str:
+    """Return the page that report.html makes of files and further facts."""
+    environment = Environment(
+        loader=FileSystemLoader(PROJECT),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = ("has", "value", "count", "spread", "interval", "comparison", "figure")
+    helpers = {name: getattr(files, name) for name in names} | {"n": files.number}
+    return environment.get_template("report.html").render(**helpers, **facts)
+
+
+# ---- options --------------------------------------------------------------------------------
 
 
 def hand_in_name(text: str) -> Path:
-    """Read the name of a file to hand in, whose folder must be there."""
+    """Parse the name of the file to hand in, whose folder must exist."""
     path = Path(text.removesuffix(".zip"))
     if not path.name or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r}: no such folder, or no name in it")
     return path
 
 
-def main() -> None:
-    """Run all steps, write the page, and pack them if asked to."""
-    parser = console.make_parser(__doc__, several_seeds=True)
+def parse_arguments() -> argparse.Namespace:
+    """Parse the options."""
+    parser = cli.make_parser(__doc__, several_seeds=True)
     parser.add_argument(
         "--full",
         action="store_true",
-        help="run tuning.py and train the recipes best and robust too",
+        help="also train the recipes best and robust, and search settings by tuning.py",
     )
-    parser.add_argument("--fresh", action="store_true", help="run all steps anew")
     parser.add_argument(
-        "--hand-in", type=hand_in_name, metavar="NAME", help="pack it all into NAME.zip"
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="your reviewed label corrections, to be used instead of the automatic ones",
     )
-    arguments = parser.parse_args()
-    machine.choose_device(arguments.device)
+    parser.add_argument(
+        "--hand-in", type=hand_in_name, metavar="NAME", help="pack everything into NAME.zip"
+    )
+    parser.add_argument("--author", default="not named", metavar="NAME", help="of the hand-in")
+    cli.add_checkpoint_option(parser, "the model to hand in is tuned, or best with --full")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run all steps, write the page, and pack everything if asked to."""
+    arguments = parse_arguments()
     folder = arguments.out or Path("report-quick" if arguments.quick else "report")
-    report = Report(folder, arguments)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: can't be written: {error.strerror}") from error
-    start = time.perf_counter()
-    try:
-        report.run()
-    except KeyboardInterrupt:
-        print("\nthe same report.py command goes on where this one stops", file=sys.stderr)
-        raise
-    page = report.write_page()
-    print(f"\nthe page: {page} ({time.perf_counter() - start:.0f} s)")
-    if arguments.hand_in:
-        print(f"to hand in: {report.pack(arguments.hand_in)}")
+    report, start = Report(arguments, folder), time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        cli.remove_leftovers(folder)
+        try:
+            report.run()
+        except KeyboardInterrupt:
+            cli.say("\nthe same command goes on from here", error=True)
+            raise
+        report.compare_steps()
+        page = report.write_page()
+        cli.say(f"\nthe page: {page} ({time.perf_counter() - start:.0f} s)")
+        if arguments.hand_in:
+            cli.say(f"to hand in: {report.pack(arguments.hand_in)}")
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

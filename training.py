@@ -1,611 +1,503 @@
-"""Step 3: train the net, from the naive loop to the report's last mix of remedies.
+"""Step 3: train the model, from the naive loop to the report's final mix of remedies, and beyond.
 
     python training.py --recipe final
     python training.py --recipe all --seed 0,1,2
+    python training.py --recipe tuned,best --labels results/<data>/label_corrections.csv
     python training.py --settings results/<data>/tuning.json
     python training.py --show-mismatch
 
-A recipe is all the settings of a run. Each of the report's is an earlier one with little changed,
-as the report went along. tuned, best, robust and robust-course go beyond it; pre_trained makes
-the net that the course handed out.
+A recipe is all the settings of a run; common/recipes.py has every one, with its reasons. The loop
+itself is `train` in common/train.py.
 """
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import joblib
-import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from sklearn.metrics import confusion_matrix
-from torch import nn
-from tqdm import tqdm
-
-from common import console, figures, machine
-from common.console import UserError
-from common.dataset import CLASS_NAMES, Dataset, describe, open_source
-from common.label_fixes import read_fixes, with_fixes
-from common.network import (
-    fast_precision,
+from common import cli, metrics, plots
+from common.cli import Results, UserError
+from common.data import (
+    CLASS_NAMES,
+    Dataset,
+    apply_corrections,
+    describe,
+    open_data,
+    read_corrections,
+)
+from common.metrics import SCORE_TITLES
+from common.model import (
+    Classifier,
+    choose_device,
+    describe_checkpoint,
     load_checkpoint,
     load_training,
     predict_logits,
     save_checkpoint,
     with_pixel_range,
 )
-from common.results import Results
-from common.trainer import Recipe, Trainer
-from evaluation import SCORE_TITLES, add_checkpoint_options, evaluate, scores_of
-
-NAIVE = Recipe("naive")
-WEIGHT_DECAY = replace(NAIVE, name="weight-decay", weight_decay=1e-4)
-STRICT_SAMPLER = replace(NAIVE, name="strict-sampler", sampler="strict")
-TRANSFORMS = replace(STRICT_SAMPLER, name="transforms", plain_share=1 / 3)
-STEP_LR = replace(TRANSFORMS, name="step-lr", decay_share=1 / 3)
-WEIGHTED_SAMPLER = replace(STEP_LR, name="weighted-sampler", sampler="weighted")
-# Rate and share were chosen on three folds of the course's training set: G-mean 0.706 on pictures
-# left out, 0.695 with the settings of weighted-sampler.
-FINAL = replace(
-    WEIGHTED_SAMPLER, name="final", weight_decay=1e-4, learning_rate=2e-3, plain_share=1 / 6
+from common.recipes import (
+    FINAL,
+    RECIPES,
+    REPORT_RECIPES,
+    REPORT_SCORES,
+    TUNED,
+    Recipe,
+    with_epochs,
 )
+from common.train import Run, filter_labels, parallel_map, train
 
-REPORT_RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        NAIVE,
-        WEIGHT_DECAY,
-        STRICT_SAMPLER,
-        TRANSFORMS,
-        STEP_LR,
-        WEIGHTED_SAMPLER,
-        FINAL,
-    )
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+# Which earlier recipe each one is compared with: the one that it changes a little.
+BASELINES = {
+    "weight-decay": "naive",
+    "strict-sampler": "naive",
+    "transforms": "strict-sampler",
+    "step-lr": "transforms",
+    "weighted-sampler": "step-lr",
+    "final": "naive",
+    "tuned": "final",
+    "best": "tuned",
 }
-# The net that the course handed out: it has seen so little that it says "car" to everything.
-PRE_TRAINED = replace(NAIVE, name="pre_trained", epochs=1, learning_rate=1e-4)
-# Beyond the report. Settings were chosen on three folds of the course's training set; README.md
-# shows what each ingredient gives (benchmarks/ablation.py). Batches of 256 are the fastest.
-# Cats and trucks are learnt less well than cars: logits are adjusted by more than the draws need.
-TUNED = replace(
-    NAIVE,
-    name="tuned",
-    epochs=32,
-    batch_size=256,
-    optimizer="muon",
-    learning_rate=0.01,
-    weight_decay=0.1,
-    schedule="one-cycle",
-    sampler="weighted",
-    balance=0.5,
-    adjust_logits=1.2,
-    plain_share=0.0,
-    colour_change=0.3,
-    average_flips=True,
-    average_shifts=3,
-)
-# Judges of labels have to be fair to all classes beforehand.
-JUDGE = replace(TUNED, name="judge", adjust_logits=1.0)
-# A bigger net learns wrong labels by heart: hence judges of the labels. And it has room for shapes
-# that 200 cats are too few to learn from: hence sketches, of which there are as many as one likes.
-BEST = replace(
-    TUNED,
-    name="best",
-    network="BestPair",
-    epochs=30,
-    batch_size=128,
-    weight_decay=0.6,
-    colour_change=0.4,
-    cutout=14,
-    mixup=0.2,
-    sketch_epochs=6,
-    judge=JUDGE,
-)
-# Pictures under attack are hard enough to learn: what makes them harder still is left out, and the
-# small classes are favoured less. Chosen on a fold of the training set, by the G-mean with and
-# without PGD.
-ROBUST = replace(
-    TUNED,
-    name="robust",
-    network="BestNet",
-    epochs=28,
-    batch_size=128,
-    adjust_logits=1.0,
-    colour_change=0.2,
-    attack_epsilon=8 / 255,
-    trades_beta=4.0,
-    judge=JUDGE,
-    average_weights=0.995,
-    average_shifts=0,
-)
-# So small a net learns less by Muon when it is attacked: on a fold of the training set a G-mean of
-# 0.77 without and 0.40 with PGD, by Adam 0.82 and 0.46.
-ROBUST_COURSE = replace(
-    TUNED,
-    name="robust-course",
-    epochs=60,
-    optimizer="adam",
-    learning_rate=3e-3,
-    weight_decay=0.0,
-    adjust_logits=0.85,
-    colour_change=0.2,
-    attack_epsilon=8 / 255,
-    trades_beta=4.0,
-    judge=JUDGE,
-    average_weights=0.99,
-    average_shifts=0,
-)
-OTHERS = (PRE_TRAINED, TUNED, BEST, ROBUST, ROBUST_COURSE)
-RECIPES = REPORT_RECIPES | {recipe.name: recipe for recipe in OTHERS}
-
-REPORT_SCORES: dict[str, dict[str, float]] = {
-    "naive": {"accuracy": 0.904, "balanced_accuracy": 0.55, "g_mean": 0.47},
-    "transforms": {"g_mean": 0.51},
-    "final": {"accuracy": 0.824, "balanced_accuracy": 0.826, "g_mean": 0.826},
+# What a file of settings may change, and between which bounds.
+SETTINGS = {
+    "learning_rate": (1e-6, 1.0),
+    "batch_size": (1, 4096),
+    "weight_decay": (0.0, 10.0),
+    "sampling_exponent": (0.0, 1.0),
+    "logit_adjustment": (0.0, 3.0),
+    "color_jitter": (0.0, 1.0),
+    "cutout": (0, 32),
 }
 
 
 @dataclass
-class Run:
-    """What came out of training one recipe with one seed."""
+class Trained:
+    """What came out of one run."""
 
     recipe: Recipe
     seed: int
-    net: nn.Module
     seconds: float
-    scores: dict[str, Any]
+    logits: Tensor  # of dev, [N, C]
     history: list[dict[str, Any]]  # loss, seconds, scores and recalls of each epoch
 
     @property
-    def curves(self) -> dict[str, list[Any]]:
-        """The history turned round: loss, scores and recalls, a list by epoch each."""
-        names = self.history[0].keys() - {"seconds"}
-        return {name: [epoch[name] for epoch in self.history] for name in sorted(names)}
+    def predicted(self) -> np.ndarray:
+        """The predicted classes of dev, int [N]."""
+        return self.logits.argmax(dim=1).numpy()
 
 
-def train_and_evaluate(
-    trainer: Trainer,
+# ---- training -------------------------------------------------------------------------------
+
+
+def train_recipes(
+    recipes: list[Recipe], results: Results, dataset: Dataset, dev: Dataset, device: torch.device
+) -> list[Trained]:
+    """Train each recipe with each seed, as many runs at once as there are cores."""
+    jobs, resume = [], results.settings["resume"]
+    for recipe in recipes:
+        for number, seed in enumerate(results.settings["seed"]):
+            path = results.folder / f"{run_name(recipe, seed, results)}.ckpt"
+            metadata = {
+                "recipe": asdict(recipe),
+                "seed": seed,
+                "device": device.type,
+                "trained_on": {"name": dataset.name, **dataset.metadata()},
+            }
+            earlier = find_earlier(path, metadata) if resume else {}
+            kept = dataset
+            if "labels" in earlier:
+                kept = replace(dataset, labels=earlier["labels"])
+            elif recipe.label_filter and "logits" not in earlier:
+                kept = filter_labels(recipe.label_filter, dataset, seed, device)
+            jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier, number))
+    trained = []
+    threads = max(recipe.threads for recipe in recipes)
+    for run in parallel_map(train_run, jobs, device, "runs", threads):
+        results.written.append(results.folder / f"{run_name(run.recipe, run.seed, results)}.ckpt")
+        trained.append(run)
+    return trained
+
+
+def run_name(recipe: Recipe, seed: int, results: Results) -> str:
+    """Return the name of a run's files: the recipe's; with its seed unless it is the first."""
+    return recipe.name if seed == results.settings["seed"][0] else f"{recipe.name}-seed{seed}"
+
+
+def train_run(
+    recipe: Recipe,
+    dataset: Dataset,
     dev: Dataset,
-    history: list[dict[str, Any]] | None = None,
-    after_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
-) -> Run:
-    """Train to the recipe's last epoch, and watch the dev set meanwhile.
+    seed: int,
+    device: torch.device,
+    path: Path,
+    metadata: dict[str, Any],
+    earlier: dict[str, Any],
+    position: int,
+) -> Trained:
+    """Train one model, evaluate it after each epoch, and save it, so that it can be resumed.
 
     Args:
-        trainer: a new one, or one that goes on from a saved state.
-        history: loss, seconds and scores of each epoch that it has behind it.
-        after_epoch: called with the history so far.
+        path: of the checkpoint; that of a run under way ends in `.unfinished.ckpt`.
+        earlier: what `find_earlier` returned.
+        position: of the progress bar, below those of other runs.
     """
-    recipe, history = trainer.recipe, list(history or [])
-    with tqdm(total=recipe.epochs, initial=trainer.epoch, desc=recipe.name, disable=None) as bar:
-        while trainer.epoch < recipe.epochs:
-            start = time.perf_counter()
-            loss = float(np.mean(trainer.run_epoch()))
-            scores = _look_at(trainer.net, dev)
-            seconds = time.perf_counter() - start
-            history.append({"loss": loss, "seconds": seconds} | scores)
-            after_epoch(history)
-            bar.update()
-    seconds = sum(epoch["seconds"] for epoch in history)
-    scores = evaluate(trainer.net, dev, trainer.seed)
-    return Run(recipe, trainer.seed, trainer.net.cpu(), seconds, scores, history)
-
-
-def _look_at(net: nn.Module, dev: Dataset) -> dict[str, Any]:
-    """Return the scores on dev for a curve: fast, so of one view and in training's precision."""
-    with fast_precision(next(net.parameters()).device):
-        predicted = predict_logits(net, dev.pictures, one_view=True).argmax(dim=1)
-    scores = scores_of(confusion_matrix(dev.labels, predicted, labels=range(len(CLASS_NAMES))))
-    return {name: score.tolist() for name, score in scores.items()}
-
-
-def about_run(trainer: Trainer, train: Dataset) -> dict[str, Any]:
-    """Return what a checkpoint says of its training: all that its numbers follow from.
-
-    The number of threads is part of it: others add in another order, which changes last digits,
-    and after some epochs whole scores. So each run has all the cores, one after the other, and
-    is the same alone and among many.
-    """
-    return {
-        "recipe": asdict(trainer.recipe),
-        "seed": trainer.seed,
-        "threads": torch.get_num_threads(),
-        "device": trainer.labels.device.type,
-        "trained_on": {"source": train.source, **train.facts()},
-    }
-
-
-def train_with_checkpoints(
-    trainer: Trainer, name: str, results: Results, train: Dataset, dev: Dataset, resume: bool
-) -> Run:
-    """Train, and save the net after each epoch, so that a run that is killed can be resumed.
-
-    Writes `<name>.unfinished.ckpt`, a checkpoint like any other, and at the end `<name>.ckpt`.
-    """
-    about = about_run(trainer, train)
-    unfinished = f"{name}.unfinished.ckpt"
-
-    def save(file: str, history: list[dict[str, Any]], state: dict[str, Any]) -> None:
-        training = {"history": history, "epoch": trainer.epoch} | state
-        write = partial(save_checkpoint, net=trainer.net, about=about, training=training)
-        results.save(file, write)
-
-    history = go_on(trainer, about, results.folder, name) if resume else []
-    run = train_and_evaluate(
-        trainer, dev, history, lambda history: save(unfinished, history, trainer.state())
+    history = list(earlier.get("history", []))
+    if "logits" in earlier:  # finished before
+        seconds = sum(epoch["seconds"] for epoch in history)
+        return Trained(recipe, seed, seconds, earlier["logits"], history)
+    unfinished = path.with_suffix(".unfinished.ckpt")
+    bar = tqdm(
+        total=recipe.epochs,
+        initial=len(history),
+        desc=f"{recipe.name}, seed {seed}",
+        disable=None,
+        leave=False,
+        position=position + 1,
     )
-    save(f"{name}.ckpt", run.history, {})
-    results.remove(unfinished)
-    return run
+    start = time.perf_counter()
+
+    def after_epoch(run: Run, losses: list[float]) -> None:
+        nonlocal start
+        predicted = predict_logits(run.result, dev.images, tta=False).argmax(dim=1)
+        scores = metrics.scores(metrics.confusion_matrix(dev.labels, predicted))
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        scores = {name: score.tolist() for name, score in scores.items()}
+        history.append({"loss": float(np.mean(losses)), "seconds": seconds} | scores)
+        state = {"history": history, "labels": dataset.labels, "run": run.state_dict()}
+        cli.write_atomic(
+            unfinished,
+            partial(save_checkpoint, model=run.result, metadata=metadata, training=state),
+        )
+        bar.update()
+
+    model = train(recipe, dataset, seed, device, after_epoch, earlier.get("run")).cpu()
+    bar.close()
+    logits = predict_logits(model, dev.images)
+    state = {"history": history, "logits": logits}
+    cli.write_atomic(path, partial(save_checkpoint, model=model, metadata=metadata, training=state))
+    unfinished.unlink(missing_ok=True)
+    seconds = sum(epoch["seconds"] for epoch in history)
+    return Trained(recipe, seed, seconds, logits, history)
 
 
-def go_on(trainer: Trainer, about: dict[str, Any], folder: Path, name: str) -> list[dict[str, Any]]:
-    """Bring the trainer to where an earlier run got; return the history of its epochs.
+def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the training state of an earlier run with the same metadata, {} if there is none.
 
     Raises:
-        UserError: the unfinished run is one of other settings.
+        UserError: there is a run, but with other settings: going on would overwrite it.
     """
-    unfinished, finished = folder / f"{name}.unfinished.ckpt", folder / f"{name}.ckpt"
-    for path in filter(Path.exists, (unfinished, finished)):
-        net, earlier, training = load_training(path)
-        other = [key for key in about if earlier.get(key) != about[key]]
-        if not other and training:
-            trainer.go_on_from(net.state_dict(), training)
-            print(f"{name}: goes on after epoch {trainer.epoch} of {trainer.recipe.epochs}")
-            return training["history"]
-        if path == unfinished:
-            raise UserError(
-                f"{path}: is of another run, with another {' and '.join(other)}; "
-                "repeat its command, or leave --resume out to start anew"
-            )
-    return []
+    for file in (path.with_suffix(".unfinished.ckpt"), path):
+        if file.exists():
+            found = load_checkpoint(file)[1]
+            other = [key for key, value in metadata.items() if found.get(key) != value]
+            if other:
+                raise UserError(
+                    f"{file}: is of a run with another {' and '.join(other)}; repeat its command, "
+                    "or leave --resume out to overwrite it"
+                )
+            return load_training(file)
+    return {}
 
 
-def train_all(
-    recipes: list[Recipe],
-    seeds: list[int],
-    results: Results,
-    train: Dataset,
-    dev: Dataset,
-    device: torch.device,
-    resume: bool = False,
-) -> Iterator[Run]:
-    """Train each recipe with each seed; yield each run, its checkpoint saved.
+# ---- summaries ------------------------------------------------------------------------------
 
-    The first seed's checkpoint is `<recipe>.ckpt`, others have their seed in their names.
+
+def summarize(runs: list[Trained], dev: Dataset, baseline: list[Trained]) -> dict[str, Any]:
+    """Return what the JSON file says of a recipe.
+
+    The scores are means over the seeds, and `spread` is their standard deviation. `interval` is
+    that of the first seed's run: how far its scores may be off on other images.
+
+    Args:
+        baseline: the runs of the recipe to compare with, if it was trained too.
     """
-    machine.prepare_torch(joblib.cpu_count())
-    for recipe in recipes:
-        for seed in seeds:
-            name = recipe.name if seed == seeds[0] else f"{recipe.name}-seed{seed}"
-            trainer = Trainer(recipe, train, seed, device)
-            yield train_with_checkpoints(trainer, name, results, train, dev, resume)
-
-
-def combine(items: list[Any], function: Callable[[list[float]], float]) -> Any:
-    """Combine equally nested dicts and lists of numbers, number by number."""
-    if isinstance(items[0], dict):
-        return {key: combine([item[key] for item in items], function) for key in items[0]}
-    if isinstance(items[0], list):
-        return [combine(list(parts), function) for parts in zip(*items, strict=True)]
-    return float(function(items))
-
-
-def summarise(runs: list[Run]) -> dict[str, Any]:
-    """Return what the JSON file says of a recipe: means over the seeds, their spread, each run.
-
-    `spread` is the standard deviation over the seeds, 0 for one. `interval` says how far another
-    dev set may be off, as the mean of the runs' intervals.
-    """
-    scores = [run.scores for run in runs]
+    scores = [metrics.evaluate(dev.labels, run.predicted, run.seed) for run in runs]
+    names = [*SCORE_TITLES, "recall", "precision"]
+    means, spread = (
+        {name: _combine([each[name] for each in scores], function) for name in names}
+        for function in (np.mean, lambda values: np.std(values, ddof=1) if len(values) > 1 else 0.0)
+    )
     return {
-        **combine(scores, np.mean),
-        "spread": combine(
-            [{name: each[name] for name in (*SCORE_TITLES, "recall")} for each in scores],
-            lambda values: np.std(values, ddof=1) if len(values) > 1 else 0.0,
-        ),
+        **means,
+        "spread": spread,
+        "interval": scores[0]["interval"],
         "recipe": asdict(runs[0].recipe),
         "report": REPORT_SCORES.get(runs[0].recipe.name, {}),
+        "comparison": compare(runs, baseline, dev) if baseline else None,
         "runs": [
-            {"seed": run.seed, "seconds": run.seconds} | run.scores | {"curves": run.curves}
-            for run in runs
+            {"seed": run.seed, "seconds": run.seconds, **each, "curves": curves_of(run)}
+            for run, each in zip(runs, scores, strict=True)
         ],
     }
 
 
+def _combine(items: list[Any], function: Any) -> Any:
+    """Combine numbers, or dicts of numbers, of several runs."""
+    if isinstance(items[0], dict):
+        return {key: _combine([item[key] for item in items], function) for key in items[0]}
+    return float(function(items))
+
+
+def compare(runs: list[Trained], baseline: list[Trained], dev: Dataset) -> dict[str, Any]:
+    """Return the paired differences between two recipes on dev, over images and seeds."""
+    predicted, other = (np.stack([run.predicted for run in each]) for each in (runs, baseline))
+    comparison: dict[str, Any] = {"with": baseline[0].recipe.name}
+    for score in SCORE_TITLES:
+        found = metrics.compare(dev.labels, predicted, other, score)
+        comparison[score] = {**found, "text": metrics.describe_comparison(found)}
+    return comparison
+
+
+def curves_of(run: Trained) -> dict[str, list[Any]]:
+    """Return loss, scores and recalls of a run, each as a list by epoch."""
+    names = ("loss", *SCORE_TITLES, "recall")
+    return {name: [epoch[name] for epoch in run.history] for name in names}
+
+
 def print_summaries(summaries: dict[str, dict[str, Any]]) -> None:
-    """Print the table "report / ours", one row a recipe."""
+    """Print the table report / ours, a row for each recipe, and the comparisons."""
     rows = []
     for name, summary in summaries.items():
         row = [name]
         for score in SCORE_TITLES:
             theirs = summary["report"].get(score)
-            row.append("-" if theirs is None else f"{theirs:.3f}")
-            row.append(_mean_and_spread(summary, score))
+            spread = f" ± {summary['spread'][score]:.3f}" if len(summary["runs"]) > 1 else ""
+            row += ["" if theirs is None else f"{theirs:.3f}", f"{summary[score]:.3f}{spread}"]
         row += [f"{summary['recall'][label]:.2f}" for label in CLASS_NAMES]
         rows.append([*row, f"{np.mean([run['seconds'] for run in summary['runs']]):.0f} s"])
     titles = [text for title in SCORE_TITLES.values() for text in ("report", title)]
-    console.print_table(["recipe", *titles, *CLASS_NAMES, "a run"], rows)
+    recalls = [f"{name} recall" for name in CLASS_NAMES]
+    cli.print_table(["recipe", *titles, *recalls, "a run"], rows)
+    for name, summary in summaries.items():
+        if summary["comparison"]:
+            found = summary["comparison"]
+            cli.say(f"{name} against {found['with']}, G-mean: {found['g_mean']['text']}")
 
 
-def _mean_and_spread(summary: dict[str, Any], score: str) -> str:
-    spread = f" ±{summary['spread'][score]:.3f}" if len(summary["runs"]) > 1 else ""
-    return f"{summary[score]:.3f}{spread}"
+# ---- figures --------------------------------------------------------------------------------
 
 
 def draw_curves(summary: dict[str, Any]) -> Figure:
     """Return a figure of one recipe by epoch: loss, scores on dev, recall of each class."""
-    figure, (loss_ax, score_ax, recall_ax) = figures.new_figure(1, 3, width=12, height=4)
-    curves = {
-        name: np.array([run["curves"][name] for run in summary["runs"]])
-        for name in ("loss", "accuracy", "g_mean", "recall")
-    }
-    plot_runs(loss_ax, curves["loss"], "training loss", figures.PALETTE[6], "-")
-    loss_ax.set_ylabel("cross-entropy, mean of the epoch")
-    recipe = summary["recipe"]
-    if 0 < recipe["plain_share"] < 1:
-        start = recipe["plain_share"] * recipe["epochs"] + 0.5
-        loss_ax.axvline(start, color="0.5", ls=":", label="flips and shifts start")
-        loss_ax.legend()
-    plot_runs(score_ax, curves["accuracy"], "accuracy", figures.PALETTE[3], "-")
-    plot_runs(score_ax, curves["g_mean"], "G-mean", figures.PALETTE[4], "--")
+    figure, axes = plots.new_figure(1, 3, width=12, height=3.8)
+    recipe, runs = summary["recipe"], summary["runs"]
+    epochs = range(1, recipe["epochs"] + 1)
+
+    def plot(ax: Any, name: str, label: str, color: str, style: str, column: Any = ...) -> None:
+        values = np.array([run["curves"][name] for run in runs])[:, :, column]
+        plots.plot_runs(ax, epochs, values.reshape(len(runs), -1), label, color, style)
+
+    plot(axes[0], "loss", "training loss", plots.PALETTE[6], "-")
+    if 0 < (recipe["augment_from"] or 0) < recipe["epochs"]:
+        axes[0].axvline(recipe["augment_from"] + 0.5, color="0.5", ls=":", label="augmentation on")
+    plot(axes[1], "accuracy", "accuracy", plots.PALETTE[3], "-")
+    plot(axes[1], "g_mean", "G-mean", plots.PALETTE[4], "--")
     for label, name in enumerate(CLASS_NAMES):
-        style = ("-", "--", ":")[label]
-        plot_runs(
-            recall_ax, curves["recall"][:, :, label], name, figures.CLASS_COLOURS[label], style
-        )
-    for ax in (score_ax, recall_ax):
-        ax.set_ylim(0, 1.02)
-    averages_views = recipe["average_flips"] or recipe["average_shifts"]
-    one_view = ", one view a picture" if averages_views else ""  # see _look_at
-    score_ax.set_ylabel(f"score on dev{one_view}")
-    recall_ax.set_ylabel(f"recall on dev{one_view}")
-    count = len(summary["runs"])
-    seeds = f", mean and range of {count} seeds" if count > 1 else ""
-    figure.suptitle(f"Recipe {summary['recipe']['name']}{seeds}")
+        style = plots.LINE_STYLES[label]
+        plot(axes[2], "recall", name, plots.CLASS_COLORS[label], style, label)
+    tta = recipe["tta_flip"] or recipe["tta_shift"]
+    where = "dev, without test-time augmentation" if tta else "dev"
+    texts = ("cross-entropy, mean of the epoch", f"score on {where}", f"recall on {where}")
+    for ax, text in zip(axes, texts, strict=True):
+        ax.set(xlabel="epoch", ylabel=text)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3, frameon=False)
+    for ax in axes[1:]:
+        ax.set_ylim(-0.02, 1.02)
+    seeds = f", mean and range of {len(runs)} seeds" if len(runs) > 1 else ""
+    figure.suptitle(f"Recipe {recipe['name']}{seeds}")
     return figure
-
-
-def plot_runs(ax: Axes, values: np.ndarray, label: str, color: str, style: str) -> Axes:
-    """Draw curves by epoch, [runs, epochs]: their mean as a line, their range as a band."""
-    epochs = np.arange(1, values.shape[1] + 1)
-    ax.plot(epochs, values.mean(axis=0), style, color=color, label=label)
-    ax.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
-    ax.set_xlabel("epoch")
-    ax.grid(alpha=0.3)
-    ax.legend()
-    return ax
 
 
 def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
-    """Return a figure of all recipes: our scores with their spread, and the report's."""
-    figure, axes = figures.new_figure(1, 3, width=12, height=0.45 * len(summaries) + 1.8)
-    places = np.arange(len(summaries))
+    """Return a figure of all recipes: scores with 95% intervals, each seed, and the report's."""
+    figure, axes = plots.new_figure(1, 3, width=12, height=0.45 * len(summaries) + 2)
+    always_car = {"accuracy": 0.88, "balanced_accuracy": 1 / 3, "g_mean": 0.0}
     for ax, (score, title) in zip(axes, SCORE_TITLES.items(), strict=True):
-        for place, summary in zip(places, summaries.values(), strict=True):
-            ours = [run[score] for run in summary["runs"]]
-            ax.plot([0, np.mean(ours)], [place, place], color="0.8", zorder=0)
-            ax.plot(ours, [place] * len(ours), "o", color=figures.PALETTE[0], alpha=0.7)
-            ax.plot(
-                summary["report"].get(score, np.nan),
-                place,
-                "D",
-                color=figures.PALETTE[3],
-                mfc="none",
-            )
-        ax.set_title(title)
-        ax.set_xlim(0, 1)
-        ax.set_yticks(places, summaries if ax is axes[0] else [])
+        for place, summary in enumerate(summaries.values()):
+            low, high = summary["interval"][score]
+            ax.plot([low, high], [place, place], color=plots.PALETTE[0], lw=2, alpha=0.4)
+            scores = [run[score] for run in summary["runs"]]
+            ax.plot(scores, [place] * len(scores), "o", color=plots.PALETTE[0], ms=5)
+            theirs = summary["report"].get(score, np.nan)
+            ax.plot(theirs, place, "D", color=plots.PALETTE[3], mfc="none", ms=8)
+        ax.axvline(always_car[score], color="0.5", ls=":")
+        names = list(summaries) if ax is axes[0] else [""] * len(summaries)
+        ax.set(title=title, xlim=(-0.02, 1), yticks=range(len(summaries)), yticklabels=names)
         ax.invert_yaxis()
         ax.grid(axis="x", alpha=0.3)
-    axes[0].plot([], [], "o", color=figures.PALETTE[0], label="ours, each seed")
-    axes[0].plot([], [], "D", color=figures.PALETTE[3], mfc="none", label="the report's")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    ours, theirs = plots.PALETTE[0], plots.PALETTE[3]
+    axes[0].plot([], [], "o-", color=ours, label="ours: each seed; 95% interval of the first")
+    axes[0].plot([], [], "D", color=theirs, mfc="none", label="the report's")
+    axes[0].plot([], [], ":", color="0.5", label='a model that always predicts "car"')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
-def show_mismatch(net: nn.Module, dev: Dataset, seed: int) -> dict[str, Any]:
-    """Evaluate a net in its own pixel range and in the other one: the bug of step 3g.
+# ---- step 3g: pixels in the wrong range -----------------------------------------------------
 
-    Returns:
-        the scores under `right_range` and `wrong_range`.
-    """
-    own = (net.pixel_range.low, net.pixel_range.high)
+
+def show_mismatch(
+    model: Classifier, origin: dict[str, Any], dev: Dataset, results: Results
+) -> None:
+    """Evaluate one model in its own pixel range and in the other one: the bug of step 3g."""
+    own = model.pixel_range
     other = (0.0, 1.0) if own == (-1.0, 1.0) else (-1.0, 1.0)
+    right, wrong = (
+        predict_logits(each, dev.images).argmax(dim=1).numpy()
+        for each in (model, with_pixel_range(model, other))
+    )
+    found = metrics.compare(dev.labels, wrong, right)
     scores = {
-        "right_range": evaluate(net, dev, seed),
-        "wrong_range": evaluate(with_pixel_range(net, other), dev, seed),
+        "right_range": metrics.evaluate(dev.labels, right),
+        "wrong_range": metrics.evaluate(dev.labels, wrong),
+        "comparison": {**found, "text": metrics.describe_comparison(found)},
     }
+    results.save_json("mismatch", {"checkpoint": origin, **scores})
     rows = [
         [f"pixels in [{low:g}, {high:g}]", which.replace("_", " ")]
         + [f"{scores[which][score]:.3f}" for score in SCORE_TITLES]
-        for which, (low, high) in zip(scores, (own, other), strict=True)
+        for which, (low, high) in (("right_range", own), ("wrong_range", other))
     ]
-    console.print_table(["the same net, fed", "", *SCORE_TITLES.values()], rows)
-    return scores
+    cli.print_table(["the same model on", "", *SCORE_TITLES.values()], rows)
+    cli.say(f"In the wrong range, its G-mean is {scores['comparison']['text']}.")
 
 
-def with_epochs(recipe: Recipe, epochs: int | None, quick: bool) -> Recipe:
-    """Return the recipe with as many epochs as asked for; without that, its own, or 2 if quick."""
-    judge = with_epochs(recipe.judge, None, quick) if recipe.judge else None
-    return replace(recipe, epochs=epochs or (2 if quick else recipe.epochs), judge=judge)
-
-
-def load_or_train(
-    arguments: argparse.Namespace,
-    results: Results,
-    train: Dataset | None,
-    dev: Dataset,
-    seed: int,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the net that `--checkpoint` names; without it `final`, trained if it has to be.
-
-    Returns:
-        the net, on the device that `--device` names, and what its checkpoint says of it.
-    """
-    device = machine.choose_device(arguments.device)
+def load_final(
+    arguments: argparse.Namespace, results: Results, device: torch.device
+) -> tuple[Classifier, dict[str, Any]]:
+    """Return the model that --checkpoint names, or final of an earlier run, and its origin."""
     path = arguments.checkpoint or results.folder / f"{FINAL.name}.ckpt"
-    if not arguments.checkpoint:
-        if arguments.pixel_range:
-            raise UserError("--pixel-range speaks of a checkpoint; name one by --checkpoint")
-        if train is None:
-            raise UserError("no training set here to train a net on; name one by --checkpoint")
-        if not path.exists():
-            print(f"{path}: no net of this data yet; training recipe {FINAL.name}")
-            recipe = with_epochs(FINAL, None, arguments.quick)
-            list(train_all([recipe], [seed], results, train, dev, device))
-        elif not is_trained_on(path, train):
-            other = f"{path}: is a net of other pictures or labels"
-            raise UserError(f"{other}; name it by --checkpoint, or train {FINAL.name} anew")
-    net, about = load_checkpoint(path, arguments.pixel_range)
-    print(f"the net: {path}, {in_words(about)}\n")
-    return net.to(device), {"file": path.name, **about}
+    if not path.exists() and not arguments.checkpoint:
+        raise UserError(f"{path}: not there; run training.py --recipe final first")
+    model, metadata = load_checkpoint(path, arguments.pixel_range)
+    cli.say(f"model: {path}, {describe_checkpoint(metadata)}\n")
+    return model.to(device), {"file": path.name, **metadata}
 
 
-def is_trained_on(path: Path, train: Dataset) -> bool:
-    """Tell whether a checkpoint is of a net trained on this very set."""
-    trained_on = load_checkpoint(path)[1].get("trained_on", {})
-    return trained_on.get("fingerprint") == train.fingerprint
-
-
-def in_words(about: dict[str, Any]) -> str:
-    """Say what a checkpoint tells of its training."""
-    if not {"recipe", "seed", "trained_on"} <= set(about):
-        return "which says nothing of its training"
-    recipe, source = about["recipe"], about["trained_on"]["source"]
-    return f"recipe {recipe['name']}, {recipe['epochs']} epochs, seed {about['seed']}, on {source}"
-
-
-def read_settings(path: Path, recipe: Recipe) -> Recipe:
-    """Return a recipe with the best settings that a search of tuning.py has found.
-
-    Raises:
-        UserError: no such file, or no results of a search.
-    """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["best"]["settings"]
-        types = {name: type(getattr(recipe, name)) for name in settings}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: holds no settings that tuning.py has found") from error
-    for name, value in settings.items():
-        if types[name] not in (int, float) or not isinstance(value, types[name]):
-            raise UserError(f"{path}: {name} is {value!r}, which it can't be")
-    return replace(recipe, name="found", **settings)
-
-
-def mend_labels(train: Dataset, path: Path) -> Dataset:
-    """Return the training set with the labels that a file of label_errors.py has accepted."""
-    mended = with_fixes(train, read_fixes(path, train))
-    for name, count in zip(CLASS_NAMES, mended.class_counts, strict=True):
-        if count == 0:
-            raise UserError(f"{path}: leaves no {name} to learn from")
-    return mended
-
-
-def train_recipes(
-    recipes: list[Recipe],
-    seeds: list[int],
-    results: Results,
-    train: Dataset,
-    dev: Dataset,
-    device: torch.device,
-    resume: bool,
-) -> None:
-    """Train recipes and write, draw and print all that came out."""
-    try:
-        runs = list(train_all(recipes, seeds, results, train, dev, device, resume))
-    except KeyboardInterrupt:
-        print("\nthe same command with --resume goes on where this one stops", file=sys.stderr)
-        raise
-    summaries = {}
-    for recipe in recipes:
-        summaries[recipe.name] = summarise([run for run in runs if run.recipe == recipe])
-        results.save_figure(f"training-{recipe.name}", draw_curves(summaries[recipe.name]))
-    if len(recipes) > 1:
-        results.save_figure("training-recipes", draw_comparison(summaries))
-    results.save_json("training", {"recipes": summaries})
-    print_summaries(summaries)
+# ---- options --------------------------------------------------------------------------------
 
 
 def choose_recipes(arguments: argparse.Namespace) -> list[Recipe]:
     """Return the recipes that the options ask for."""
     if arguments.settings:
-        return [read_settings(arguments.settings, TUNED)]
-    if arguments.recipe == "all":
-        return [*REPORT_RECIPES.values(), TUNED]
-    return [RECIPES[arguments.recipe or FINAL.name]]
+        recipes = [read_settings(arguments.settings)]
+    elif arguments.recipe == "all":
+        recipes = [*REPORT_RECIPES.values(), TUNED]
+    else:
+        names = (arguments.recipe or FINAL.name).split(",")
+        for name in names:
+            if name not in RECIPES:
+                raise UserError(f"--recipe {name}: not one of {', '.join(RECIPES)}, all")
+        recipes = [RECIPES[name] for name in dict.fromkeys(names)]
+    return [with_epochs(recipe, arguments.epochs, arguments.quick) for recipe in recipes]
 
 
-def main() -> None:
-    """Train recipes and compare them with the report's."""
-    parser = console.make_parser(__doc__, several_seeds=True)
+def read_settings(path: Path) -> Recipe:
+    """Return recipe `tuned` with the best settings that tuning.py has found.
+
+    Raises:
+        UserError: no such file, or not the results of a search.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["best"]["settings"]
+        items = list(settings.items())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: has no settings found by tuning.py") from error
+    for name, value in items:
+        low, high = SETTINGS.get(name, (1, 0))
+        kinds = (int,) if isinstance(low, int) else (int, float)
+        if type(value) not in kinds or not low <= value <= high:
+            raise UserError(f"{path}: {cli.show(name)} is {cli.show(value)}, which it can't be")
+    return replace(TUNED, name="found", **settings)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the options, and refuse those that don't go together."""
+    parser = cli.make_parser(__doc__, several_seeds=True)
     parser.add_argument(
         "--recipe",
-        choices=[*RECIPES, "all"],
-        help="what to train; all: the report's and tuned; without it, final",
+        metavar="NAME[,NAME...]",
+        help=f"{', '.join(RECIPES)}; or all, the report's and tuned; without it, final",
     )
     parser.add_argument(
         "--settings",
         type=Path,
         metavar="FILE",
-        help="train the recipe `found`: tuned, with the settings that tuning.py has found",
+        help="train recipe `found`: tuned, with the settings found by tuning.py",
     )
+    parser.add_argument("--epochs", type=cli.positive_int, help="how many, not the recipe's own")
     parser.add_argument(
-        "--epochs",
-        type=console.positive_whole_number,
-        help="how many, in place of the recipe's own; its judges and sketches keep theirs",
-    )
-    parser.add_argument(
-        "--label-fixes",
+        "--labels",
         type=Path,
         metavar="FILE",
-        help="train with the labels that this file of label_errors.py has accepted",
+        help="correct the labels first, by the accepted rows of this file of label_errors.py",
     )
     parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with runs that were stopped; give the same options as before",
+        "--resume", action="store_true", help="go on with stopped runs of the same command"
     )
     parser.add_argument(
         "--show-mismatch",
         action="store_true",
-        help="evaluate one net in the right and in the wrong pixel range, instead of training",
+        help="evaluate one model in the right and in the wrong pixel range instead of training",
     )
-    add_checkpoint_options(parser, "the net of final (for --show-mismatch only)")
+    cli.add_checkpoint_option(parser, "final of an earlier run (for --show-mismatch only)")
     arguments = parser.parse_args()
-    training_options = ("recipe", "settings", "epochs", "label_fixes", "resume")
-    if arguments.show_mismatch and any(getattr(arguments, name) for name in training_options):
-        parser.error("--show-mismatch trains nothing; leave --recipe and its like out")
+    names = ("recipe", "settings", "epochs", "labels", "resume")
+    if arguments.show_mismatch and any(getattr(arguments, name) for name in names):
+        parser.error("--show-mismatch trains nothing; leave --recipe and the like out")
     if arguments.recipe and arguments.settings:
         parser.error("--settings is a recipe of its own; leave --recipe out")
     if (arguments.checkpoint or arguments.pixel_range) and not arguments.show_mismatch:
         parser.error("--checkpoint and --pixel-range go with --show-mismatch")
-    chosen = choose_recipes(arguments)
-    device = machine.choose_device(arguments.device)
-    source = open_source(arguments.data, arguments.data_seed)
-    dev = source.load("dev", arguments.quick)
-    train = None if arguments.checkpoint else source.load("train", arguments.quick)
-    if arguments.label_fixes:
-        train = mend_labels(train, arguments.label_fixes)
-    results = Results(arguments, describe(train, dev))
+    return arguments
+
+
+def main() -> None:
+    """Train recipes and compare them with the report's."""
+    arguments = parse_arguments()
+    device = choose_device(arguments.device)
+    recipes = choose_recipes(arguments)
+    data = open_data(arguments.data)
+    dev = data.load("dev", arguments.quick)
     if arguments.show_mismatch:
-        net, about = load_or_train(arguments, results, train, dev, arguments.seed[0])
-        scores = show_mismatch(net, dev, arguments.seed[0])
-        results.save_json("mismatch", {"checkpoint": about, **scores})
-    else:
-        recipes = [with_epochs(each, arguments.epochs, arguments.quick) for each in chosen]
-        train_recipes(recipes, arguments.seed, results, train, dev, device, arguments.resume)
+        results = Results(arguments, describe(dev))
+        show_mismatch(*load_final(arguments, results, device), dev, results)
+        results.print_written()
+        return
+    dataset = data.load("train", arguments.quick)
+    if arguments.labels:
+        dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))
+    results = Results(arguments, describe(dataset, dev))
+    try:
+        trained = train_recipes(recipes, results, dataset, dev, device)
+    except KeyboardInterrupt:
+        cli.say("\nthe same command with --resume goes on from here", error=True)
+        raise
+    runs = {recipe.name: [r for r in trained if r.recipe == recipe] for recipe in recipes}
+    summaries = {}
+    for name, own in runs.items():
+        summaries[name] = summarize(own, dev, runs.get(BASELINES.get(name, ""), []))
+        results.save_figure(f"training-{name}", draw_curves(summaries[name]))
+        for run in own:
+            text = metrics.format_predictions(dev.labels, run.logits)
+            results.save_text(f"predictions-{run_name(run.recipe, run.seed, results)}.csv", text)
+    if len(recipes) > 1:
+        results.save_figure("training-recipes", draw_comparison(summaries))
+    results.save_json("training", {"recipes": summaries})
+    print_summaries(summaries)
     results.print_written()
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

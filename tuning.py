@@ -1,20 +1,48 @@
-"""Step 3i: search the settings of a recipe instead of guessing them.
+"""Step 3i: search the settings of the recipe `tuned` instead of guessing them.
 
     python tuning.py
     python tuning.py --trials 60 --epochs 30
     python training.py --settings results/<data>/tuning.json
 
-The report's author found tuning by hand "very long and exhausting". Here each trial is judged by
-pictures of the training set that its nets have not learnt from; dev is not looked at. The best of
-many trials owes some of its score to luck. So it is judged once more, on other parts of the set,
-beside the settings that the search set out from.
+The report's author found tuning by hand "very long and exhausting". Here each trial is scored by
+out-of-fold predictions on two thirds of the training set; dev is not looked at. The best of many
+trials owes some of its score to luck. So it is compared with the recipe's own settings on the
+last third, which no trial has seen.
+
+All trials are kept in a database. A search that was stopped goes on when the same command is given
+again. Several machines that name the same database share one search:
+
+    python tuning.py --storage postgresql+psycopg://user@server/name
+    optuna-dashboard sqlite:///results/<data>/tuning.db
 """
 
-import sys
-from collections.abc import Callable
+import functools
+import os
+import socket
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+from common import cli, metrics, plots
+from common.cli import UserError
+from common.data import (
+    CLASS_NAMES,
+    Dataset,
+    apply_corrections,
+    describe,
+    duplicate_groups,
+    open_data,
+    read_corrections,
+)
+from common.model import choose_device
+from common.recipes import TUNED, Recipe, with_epochs
+from common.train import FOLDS, cross_val_logits, parallel_map, train_and_predict
 
 import numpy as np
 import optuna
@@ -22,232 +50,346 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
+from sklearn.model_selection import StratifiedGroupKFold
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+from torch import Tensor
 from tqdm import tqdm
-
-from common import console, figures, machine
-from common.dataset import Dataset, describe, open_source
-from common.label_fixes import read_fixes, with_fixes
-from common.results import Results
-from common.trainer import Recipe, judge_by_folds
-from evaluation import evaluate_predictions
-from training import TUNED, with_epochs
 
 TRIALS = 20
 EPOCHS = 16  # fewer than the recipe has: what is good early is mostly good later
-CHECKS = 3  # times that the best is judged once more
+PARTS = 3  # of the training set: two to search on, one left aside for the comparison
+SEEDS = 3  # of the comparison
 ROWS_SHOWN = 5
+ABANDONED = timedelta(days=1)  # no trial takes that long
 # In steps where the last digits would not matter, or where close to 0 is not the same as 0.
-SPACE: dict[str, BaseDistribution] = {
+SPACE = {
     "learning_rate": FloatDistribution(1e-3, 3e-2, log=True),
     "batch_size": CategoricalDistribution((64, 128, 256)),
     "weight_decay": FloatDistribution(0.0, 0.5, step=0.05),
-    "balance": FloatDistribution(0.0, 1.0),
-    "adjust_logits": FloatDistribution(0.5, 1.5),
-    "colour_change": FloatDistribution(0.0, 0.5, step=0.05),
+    "sampling_exponent": FloatDistribution(0.0, 1.0),
+    "logit_adjustment": FloatDistribution(0.5, 1.5),
+    "color_jitter": FloatDistribution(0.0, 0.5, step=0.05),
     "cutout": IntDistribution(0, 16, step=2),
-    "mixup": FloatDistribution(0.0, 0.5, step=0.1),
 }
 
 
-def g_mean_by_folds(recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> float:
-    """Return the G-mean over the training set, each picture judged by a net that did not see it."""
-    predicted = judge_by_folds(recipe, train, seed, device).argmax(dim=1)
-    return evaluate_predictions(train.labels, predicted)["g_mean"]
+# ---- what the recipes are scored on -----------------------------------------------------------
+
+
+def split(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """Return the images to search on, and those left aside; near-duplicates are in the same part.
+
+    Raises:
+        UserError: a class has too few images for that and for the folds of the search.
+    """
+    groups, needed = duplicate_groups(dataset.images), PARTS * FOLDS
+    for label, name in enumerate(CLASS_NAMES):
+        count = len(groups[dataset.labels == label].unique())
+        if count < needed:
+            raise UserError(
+                f"{dataset.name}: {name}: {count} different images; tuning needs {needed}"
+            )
+    splitter = StratifiedGroupKFold(PARTS, shuffle=True, random_state=seed)
+    searched, aside = next(splitter.split(dataset.images, dataset.labels, groups))
+    return dataset.subset(torch.from_numpy(searched)), dataset.subset(torch.from_numpy(aside))
+
+
+def g_mean(labels: Tensor, logits: Tensor) -> float:
+    """Return the G-mean of the predictions."""
+    confusion = metrics.confusion_matrix(labels, logits.argmax(dim=1))
+    return metrics.scores(confusion)["g_mean"].item()
+
+
+def check(
+    default: Recipe,
+    best: Recipe,
+    searched: Dataset,
+    aside: Dataset,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Train both recipes on the images searched on; compare them on those left aside.
+
+    Returns:
+        of each recipe `g_mean`, the mean, and `runs`, that of each seed; the paired `comparison`.
+    """
+    seeds = range(seed, seed + SEEDS)
+    jobs = [
+        (recipe, searched, aside.images, s, device) for recipe in (default, best) for s in seeds
+    ]
+    logits = list(parallel_map(train_and_predict, jobs, device, "comparison"))
+    runs = [g_mean(aside.labels, each) for each in logits]
+    predicted = torch.stack(logits).argmax(dim=-1)
+    comparison = metrics.compare(aside.labels, predicted[SEEDS:], predicted[:SEEDS], seed=seed)
+    scores = {"default": runs[:SEEDS], "best": runs[SEEDS:]}
+    numbers = {
+        name: {"g_mean": np.mean(each).item(), "runs": each} for name, each in scores.items()
+    }
+    return numbers | {"comparison": comparison}
+
+
+# ---- the database of trials -------------------------------------------------------------------
+
+
+def hide_password(url: str) -> str:
+    """Return the URL of a database as it may be shown.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except (SQLAlchemyError, ValueError) as error:
+        example = "postgresql+psycopg://user@server/name"
+        raise UserError(f"--storage: not the URL of a database, such as {example}") from error
+
+
+@contextmanager
+def storage_errors(shown: str) -> Iterator[None]:
+    """Turn errors of the database into one line that names it."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"--storage {shown}: its driver is not installed") from error
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        raise UserError(f"--storage {shown}: can't be reached, or is not Optuna's") from error
+
+
+def open_study(url: str | None, folder: Path, name: str) -> optuna.Study:
+    """Return the study of that name with its trials so far; a new one if there is none.
+
+    Args:
+        url: of the database; None for a file in the folder.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    options: dict[str, Any] = {}
+    if url is None:  # the characters of a folder's name could mean something else in a URL
+        url, path = "sqlite:///tuning.db", folder / "tuning.db"
+        connect = functools.partial(sqlite3.connect, path, timeout=60, check_same_thread=False)
+        options = {"creator": connect}
+    try:
+        storage = optuna.storages.RDBStorage(url, options)
+    except SQLAlchemyError:
+        time.sleep(1)  # another worker may have been creating the tables
+        storage = optuna.storages.RDBStorage(url, options)
+    return optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True
+    )
+
+
+def study_name(recipe: Recipe, dataset: Dataset, seed: int) -> str:
+    """Return a name that changes with all that the score of a trial depends on."""
+    rest = zlib.crc32(repr((recipe, SPACE, PARTS, FOLDS)).encode())
+    return f"{recipe.name}-{dataset.fingerprint}-epochs{recipe.epochs}-seed{seed}-{rest:08x}"
+
+
+def trials_of(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    """Return the trials in one of these states, in their order."""
+    return study.get_trials(deepcopy=False, states=states)
+
+
+def end_abandoned_trials(study: optuna.Study) -> None:
+    """Mark trials as failed whose process was killed, on this machine or long ago on another."""
+    for trial in trials_of(study, TrialState.RUNNING):
+        host, process = trial.user_attrs.get("worker", (None, None))
+        killed = host == socket.gethostname() and not cli.is_running(process)
+        if killed or datetime.now() - trial.datetime_start > ABANDONED:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+# ---- the search -------------------------------------------------------------------------------
 
 
 def search(
+    study: optuna.Study,
     recipe: Recipe,
     trials: int,
     score: Callable[[Recipe], float],
     seed: int,
-    after_trial: Callable[[optuna.Study], None] = lambda study: None,
-) -> optuna.Study:
-    """Try settings, the recipe's own first, then those that look promising after what was seen.
+    after_trial: Callable[[], None] = lambda: None,
+) -> None:
+    """Try settings until the study has so many trials: the recipe's own, then promising ones.
 
     By the tree-structured Parzen estimator (Bergstra et al., "Algorithms for hyper-parameter
-    optimization", 2011), as optuna has it.
+    optimization", 2011), as Optuna has it.
 
     Args:
-        score: what a recipe is worth; the more, the better.
-        after_trial: called with the study so far.
+        score: of a recipe; the higher, the better.
+        after_trial: called after each.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-    study.enqueue_trial({name: getattr(recipe, name) for name in SPACE})
-    for _ in tqdm(range(trials), desc="trials", disable=None):
-        trial = study.ask(SPACE)
-        study.tell(trial, score(replace(recipe, **trial.params)))
-        after_trial(study)
-    return study
+    done = len(trials_of(study, TrialState.COMPLETE))
+    with tqdm(total=trials, initial=done, desc="trials", disable=None) as bar:
+        while needs_trial(study, trials):
+            end_abandoned_trials(study)
+            if not has_default(study, TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING):
+                own = {name: getattr(recipe, name) for name in SPACE}
+                study.enqueue_trial(own, user_attrs={"is_default": True})
+            study.sampler = make_sampler(study, seed)
+            trial = study.ask(SPACE)
+            trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
+            try:
+                value = score(replace(recipe, **trial.params))
+            except BaseException:
+                study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+                raise
+            study.tell(trial, value, skip_if_finished=True)
+            after_trial()
+            bar.update()
 
 
-def check(
-    recipes: dict[str, Recipe], train: Dataset, seed: int, device: torch.device
-) -> dict[str, dict[str, Any]]:
-    """Judge recipes with other folds, and other first weights, than those of the search.
-
-    Returns:
-        for each, `g_mean`, the mean, `spread` and `runs`.
-    """
-    jobs = [(name, seed + 1 + number) for name in recipes for number in range(CHECKS)]
-    scores: dict[str, list[float]] = {name: [] for name in recipes}
-    for name, other_seed in tqdm(jobs, desc="checks", disable=None):
-        scores[name].append(g_mean_by_folds(recipes[name], train, other_seed, device))
-    return {name: mean_and_spread(runs) for name, runs in scores.items()}
+def needs_trial(study: optuna.Study, trials: int) -> bool:
+    """Tell whether more trials are wanted, the recipe's own settings among them."""
+    too_few = len(trials_of(study, TrialState.COMPLETE)) < trials
+    return too_few or not has_default(study, TrialState.COMPLETE)
 
 
-def mean_and_spread(runs: list[float]) -> dict[str, Any]:
-    """Return what the JSON file says of several G-means, or of differences between them."""
-    return {"g_mean": np.mean(runs).item(), "spread": np.std(runs, ddof=1).item(), "runs": runs}
+def has_default(study: optuna.Study, *states: TrialState) -> bool:
+    """Tell whether the trial of the recipe's own settings is in one of these states."""
+    return any("is_default" in trial.user_attrs for trial in trials_of(study, *states))
 
 
-def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials that have a score, in their order."""
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def make_sampler(study: optuna.Study, seed: int) -> optuna.samplers.BaseSampler:
+    """Return a sampler for the next trial: seeded anew, so that no run repeats another's draws."""
+    sequence = np.random.SeedSequence([seed, len(study.get_trials(deepcopy=False))])
+    return optuna.samplers.TPESampler(seed=int(sequence.generate_state(1)[0]))
 
 
 def numbers_of(study: optuna.Study, recipe: Recipe) -> dict[str, Any]:
     """Return what the JSON file says of a search."""
     trials = [
-        {"number": trial.number, "g_mean": trial.value, "settings": trial.params}
-        for trial in finished(study)
+        {
+            "number": trial.number,
+            "g_mean": trial.value,
+            "settings": trial.params,
+            "is_default": "is_default" in trial.user_attrs,
+        }
+        for trial in trials_of(study, TrialState.COMPLETE)
     ]
     best = max(trials, key=lambda trial: trial["g_mean"])
-    return {"recipe": asdict(recipe), "trials": trials, "best": best}
+    return {"recipe": asdict(recipe), "study": study.study_name, "trials": trials, "best": best}
+
+
+# ---- tables and figure ------------------------------------------------------------------------
 
 
 def draw_search(numbers: dict[str, Any]) -> Figure:
-    """Return a figure of all trials: one after the other, and over each setting."""
-    figure, axes = figures.new_figure(3, 3, width=12, height=9)
-    plot_history(axes[0], [trial["g_mean"] for trial in numbers["trials"]])
-    for ax, name in zip(axes[1:], SPACE, strict=True):
-        plot_setting(ax, numbers, name)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-    figure.suptitle(f"{len(numbers['trials'])} trials, judged on folds of the training set")
+    """Draw the scores of all trials: in their order, and over each setting."""
+    figure, axes = plots.new_figure(2, 4, width=13, height=6.5)
+    scores = [trial["g_mean"] for trial in numbers["trials"]]
+    places = [trial["number"] + 1 for trial in numbers["trials"]]
+    best = np.maximum.accumulate(scores)
+    axes[0].step(places, best, where="post", color=plots.PALETTE[3], label="best so far")
+    for ax, name in zip(axes, ["trial", *SPACE], strict=True):
+        plot_trials(ax, numbers, name)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
-def plot_history(ax: Axes, scores: list[float]) -> Axes:
-    """Draw the score of each trial, and the best so far."""
-    places = np.arange(1, len(scores) + 1)
-    ax.plot(places, scores, "o", color=figures.PALETTE[0], ms=4, label="a trial")
-    best = np.maximum.accumulate(scores)
-    ax.step(places, best, where="post", color=figures.PALETTE[3], label="best so far")
-    ax.set_xlabel("trial")
-    ax.set_ylabel("G-mean")
-    ax.grid(alpha=0.3)
-    ax.legend()
-    return ax
-
-
-def plot_setting(ax: Axes, numbers: dict[str, Any], name: str) -> Axes:
-    """Draw the score of each trial over the value of one setting."""
-    trials, (first, *_) = numbers["trials"], numbers["trials"]
-    marked = {
-        "a trial": (trials, "o", figures.PALETTE[0], 4),
-        "where it set out": ([first], "s", figures.PALETTE[6], 7),
-        "the best": ([numbers["best"]], "D", figures.PALETTE[3], 8),
-    }
-    for label, (shown, marker, colour, size) in marked.items():
-        values = [trial["settings"][name] for trial in shown]
-        scores = [trial["g_mean"] for trial in shown]
-        face = colour if size < 5 else "none"
-        ax.plot(values, scores, marker, color=colour, ms=size, mfc=face, label=label)
-    if getattr(SPACE[name], "log", False):
+def plot_trials(ax: Axes, numbers: dict[str, Any], name: str) -> Axes:
+    """Draw the score of each trial over one setting, or over its number."""
+    default = [trial for trial in numbers["trials"] if trial["is_default"]]
+    marked = [
+        ("trial", numbers["trials"], {"marker": "o", "ms": 4, "color": plots.PALETTE[0]}),
+        ("recipe's own settings", default, {"marker": "s", "ms": 8, "color": plots.PALETTE[6]}),
+        ("best", [numbers["best"]], {"marker": "D", "ms": 8, "color": plots.PALETTE[3]}),
+    ]
+    for label, trials, style in marked:
+        values = [({"trial": each["number"] + 1} | each["settings"])[name] for each in trials]
+        scores = [each["g_mean"] for each in trials]
+        ax.plot(values, scores, ls="none", mfc="none", label=label, **style)
+    if getattr(SPACE.get(name), "log", False):
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))  # more would run into each other
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
-    ax.set_xlabel(name.replace("_", " "))
-    ax.set_ylabel("G-mean")
+    ax.set(xlabel=name.replace("_", " "), ylabel="G-mean, out of fold")
     ax.grid(alpha=0.3)
     return ax
 
 
-def print_trials(numbers: dict[str, Any]) -> None:
-    """Print the best trials and the one that the search set out from."""
-    first = numbers["trials"][0]
-    ranked = sorted(numbers["trials"], key=lambda trial: -trial["g_mean"])
-    shown = ranked[:ROWS_SHOWN] + ([first] if first not in ranked[:ROWS_SHOWN] else [])
+def print_trials(trials: list[dict[str, Any]]) -> None:
+    """Print the best trials and the one of the recipe's own settings."""
+    ranked = sorted(trials, key=lambda trial: -trial["g_mean"])
+    shown = ranked[:ROWS_SHOWN] + [trial for trial in ranked[ROWS_SHOWN:] if trial["is_default"]]
     rows = [
-        ["set out from" if trial is first else f"trial {trial['number'] + 1}"]
+        ["recipe's own" if trial["is_default"] else f"trial {trial['number'] + 1}"]
         + [f"{trial['g_mean']:.3f}", *(f"{trial['settings'][name]:.3g}" for name in SPACE)]
         for trial in shown
     ]
-    console.print_table(["", "G-mean", *(name.replace("_", " ") for name in SPACE)], rows)
+    cli.print_table(["", "G-mean", *(name.replace("_", " ") for name in SPACE)], rows)
 
 
-def print_check(checked: dict[str, dict[str, Any]]) -> None:
-    """Print the second judgement, and what it says of the search."""
-    titles = {"first": "set out from", "best": "the best"}
-    rows = [
-        [titles[name], f"{each['g_mean']:.3f} ±{each['spread']:.3f}"]
-        for name, each in checked.items()
-    ]
-    print(f"\nJudged once more, on other folds, {CHECKS} times:")
-    console.print_table(["settings", "G-mean"], rows)
-    if len(checked) == 1:
-        print("No trial was better than the settings that the search set out from.")
+def print_check(checked: dict[str, Any] | None) -> None:
+    """Print the comparison on the images left aside, or why there is none."""
+    if checked is None:
+        cli.say("\nNo trial was better than the recipe's own settings.")
         return
-    first, best = (each["runs"] for each in checked.values())
-    gain = mean_and_spread(np.subtract(best, first).tolist())
-    print(f"The search gains {gain['g_mean']:+.3f} ±{gain['spread']:.3f}.")
+    own, best = checked["default"]["g_mean"], checked["best"]["g_mean"]
+    cli.say(
+        f"\nOn images that no trial has seen, {SEEDS} seeds: G-mean {best:.3f} with the best "
+        f"settings, {own:.3f} with the recipe's own:\n"
+        f"{metrics.describe_comparison(checked['comparison'])}"
+    )
+
+
+# ---- the script -------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Search the settings of the recipe tuned."""
-    parser = console.make_parser(__doc__)
+    """Search the settings of the recipe `tuned`, and check what was found."""
+    parser = cli.make_parser(__doc__)
     parser.add_argument(
-        "--trials", type=console.positive_whole_number, help=f"how many to try, not {TRIALS}"
+        "--trials", type=cli.positive_int, help=f"trials in all; without it, {TRIALS}"
     )
     parser.add_argument(
-        "--epochs", type=console.positive_whole_number, help=f"of each trial, not {EPOCHS}"
+        "--epochs", type=cli.positive_int, help=f"of each trial; without it, {EPOCHS}"
     )
     parser.add_argument(
-        "--label-fixes",
+        "--labels",
         type=Path,
         metavar="FILE",
-        help="learn from, and judge by, the labels that this file of label_errors.py has accepted",
+        help="label corrections of label_errors.py; the accepted ones are applied first",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="database of the trials; without it, tuning.db beside the results",
     )
     arguments = parser.parse_args()
-    device = machine.choose_device(arguments.device)
-    train = open_source(arguments.data, arguments.data_seed).load("train", arguments.quick)
-    if arguments.label_fixes:
-        train = with_fixes(train, read_fixes(arguments.label_fixes, train))
-    results = Results(arguments, describe(train))
+    device, url, seed = choose_device(arguments.device), arguments.storage, arguments.seed
+    arguments.storage = url and hide_password(url)  # as the results will show it
+    dataset = open_data(arguments.data).load("train", arguments.quick)
+    if arguments.labels:
+        dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))
+    results = cli.Results(arguments, describe(dataset))
+    searched, aside = split(dataset, seed)
     recipe = with_epochs(replace(TUNED, epochs=EPOCHS), arguments.epochs, arguments.quick)
-    trials = arguments.trials or (3 if arguments.quick else TRIALS)
-
-    def save(study: optuna.Study) -> None:  # after each trial: a search that is stopped is not lost
-        results.save_json("tuning", numbers_of(study, recipe))
 
     def score(tried: Recipe) -> float:
-        return g_mean_by_folds(tried, train, arguments.seed, device)
+        return g_mean(searched.labels, cross_val_logits(tried, searched, seed, device))
 
-    try:
-        study = search(recipe, trials, score, arguments.seed, save)
-    except KeyboardInterrupt:
-        if results.written:
-            print(f"\nthe trials so far are in {results.written[0]}", file=sys.stderr)
-        raise
-    numbers = numbers_of(study, recipe)
-    print_trials(numbers)
-    results.save_figure("tuning", draw_search(numbers))
-    compared = {"first": recipe}
-    if numbers["best"]["number"] > 0:
-        compared["best"] = replace(recipe, **numbers["best"]["settings"])
-    numbers["check"] = check(compared, train, arguments.seed, device)
-    print_check(numbers["check"])
+    with storage_errors(arguments.storage or str(results.folder / "tuning.db")):
+        study = open_study(url, results.folder, study_name(recipe, dataset, seed))
+        trials = arguments.trials or (3 if arguments.quick else TRIALS)
+
+        def save() -> None:  # after each trial: what a search has found so far is there to use
+            results.save_json("tuning", numbers_of(study, recipe))
+
+        search(study, recipe, trials, score, seed, save)
+        numbers = numbers_of(study, recipe)
+    best = replace(recipe, **numbers["best"]["settings"])
+    numbers["check"] = None
+    if best != recipe:
+        numbers["check"] = check(recipe, best, searched, aside, seed, device)
     results.save_json("tuning", numbers)
+    results.save_figure("tuning", draw_search(numbers))
+    print_trials(numbers["trials"])
+    print_check(numbers["check"])
     results.print_written()
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

@@ -1,127 +1,161 @@
-"""What does each ingredient of a recipe give? Leave out one at a time.
+"""What does each ingredient of a recipe contribute? Leave out one at a time, on folds of train.
 
-    python benchmarks/ablation.py --recipe tuned --label-fixes results/<data>/label_fixes.csv
+    python benchmarks/ablation.py --recipe tuned --labels results/<data>/label_corrections.csv
+    python benchmarks/ablation.py --recipe best --set epochs=20 --set cutout=8 --runs 10
 
-Each variant is trained three times, on two thirds of the training set each, and judged on the
-third left out: dev stays untouched. --repeats does all of it again, on other thirds. With
---label-fixes, pictures whose labels are doubted are left out of the judging, though not of the
-training.
+Each variant is trained ten times, on two thirds of the training set each, and scored by its
+G-mean on the third left out: dev stays untouched. Near-duplicates never stand on both sides.
+With --labels, images whose label is flagged do not count in the score, though they are trained
+on. All variants share the same ten divisions and seeds, so their differences are paired. What
+contributes less than twice its standard error has not earned its place.
 """
 
+import ast
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-
-import numpy as np
-import torch
-from sklearn.model_selection import RepeatedStratifiedKFold
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import console, machine
-from common.dataset import Dataset, open_source
-from common.label_fixes import read_fixes
-from common.trainer import Recipe, fit
-from evaluation import evaluate
-from training import BEST, TUNED, with_epochs
+from common import cli, metrics
+from common.cli import UserError
+from common.data import Dataset, duplicate_groups, open_data, read_corrections
+from common.recipes import BEST, ROBUST, TUNED, Recipe, with_epochs
+from common.train import filter_labels, parallel_map, train_and_predict
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedGroupKFold
 
 FOLDS = 3
-ADAM = {"optimizer": "adam", "learning_rate": 3e-3, "weight_decay": 0.0}  # its best settings
 WITHOUT = {
-    "Muon (with Adam)": ADAM,
-    "flips and shifts": {"plain_share": 1.0},
-    "changed colours": {"colour_change": 0.0},
-    "one cycle of the rate": {"schedule": "steps"},
-    "draws by root of size, adjusted logits": {"balance": 1.0, "adjust_logits": 0.0},
-    "weight decay": {"weight_decay": 0.0},
-    "mirror images at the end": {"average_flips": False},
-    "shifted views at the end": {"average_shifts": 0},
+    "tuned": {
+        "Muon (Adam instead)": {"optimizer": "adam", "learning_rate": 3e-3, "weight_decay": 0.0},
+        "random flips and crops": {"augment_from": None},
+        "color jitter": {"color_jitter": 0.0},
+        "warmup and cosine decay": {"schedule": "constant"},
+        "square-root sampling": {"sampler": "shuffle"},
+        "logit adjustment": {"logit_adjustment": 0.0},
+        "weight decay": {"weight_decay": 0.0},
+        "flipped views at test time": {"tta_flip": False},
+        "shifted views at test time": {"tta_shift": 0},
+    },
+    "best": {
+        "label filter": {"label_filter": None},
+        "cutout": {"cutout": 0},
+        "stronger color jitter": {"color_jitter": TUNED.color_jitter},
+        "SmallVGG (CourseNet instead)": {"network": "CourseNet"},
+    },
+    "robust": {
+        "label filter": {"label_filter": None},
+        "EMA of the weights": {"ema_decay": 0.0},
+        "color jitter": {"color_jitter": 0.0},
+        "square-root sampling": {"sampler": "shuffle"},
+    },
 }
-WITHOUT_WHAT_BEST_ADDS = {
-    "a second net": {"network": "BestNet"},
-    "sketches beforehand": {"sketch_epochs": 0},
-    "squares cut out": {"cutout": 0},
-    "mixup": {"mixup": 0.0},
-    "stronger weight decay": {"weight_decay": TUNED.weight_decay},
-    "judges of the labels": {"judge": None},
-}
 
 
-def variants_of(recipe: Recipe) -> dict[str, Recipe]:
-    """Return the recipe whole, and without each of its ingredients.
+def divide(dataset: Dataset, doubted: np.ndarray, runs: int, seed: int) -> list[tuple]:
+    """Return (images to train on, images to score on) for each run, int64 each."""
+    groups = duplicate_groups(dataset.images)
+    divisions = []
+    for number in range(-(-runs // FOLDS)):
+        splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed + number)
+        divisions += splitter.split(dataset.images, dataset.labels, groups)
+    return [
+        (torch.from_numpy(inside), torch.from_numpy(np.setdiff1d(outside, doubted)))
+        for inside, outside in divisions[:runs]
+    ]
 
-    Of `best`, only what it adds to `tuned`: the rest stands in the table of that.
-    """
-    ingredients = WITHOUT if recipe.name == TUNED.name else WITHOUT_WHAT_BEST_ADDS
-    return {"all": recipe} | {
-        f"without {ingredient}": replace(recipe, **settings)
-        for ingredient, settings in ingredients.items()
-    }
+
+def run_filter(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> Dataset:
+    """Return the data set without the labels that the recipe's filter doubts."""
+    if recipe.label_filter is None:
+        return dataset
+    return filter_labels(recipe.label_filter, dataset, seed, device)
 
 
-def score(
-    recipe: Recipe, train: Dataset, learnt: np.ndarray, judged: np.ndarray, seed: int
-) -> float:
-    """Train on the pictures learnt; return the G-mean on those judged."""
-    net = fit(recipe, train.take(torch.from_numpy(learnt)), seed, torch.device("cpu"))
-    left_out = train.take(torch.from_numpy(judged))
-    return evaluate(net, left_out)["g_mean"]
+def parse_setting(text: str) -> tuple[str, object]:
+    """Parse `name=value`, a setting of the recipe."""
+    name, _, value = text.partition("=")
+    if name not in {field.name for field in fields(Recipe)}:
+        raise UserError(f"--set {text}: {name!r} is not a setting of a recipe")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def variants_of(recipe: Recipe, settings: list[str]) -> dict[str, Recipe]:
+    """Return the recipe whole, and without each ingredient, or with each --set."""
+    if settings:
+        changes = {text: dict([parse_setting(text)]) for text in settings}
+    else:
+        changes = {f"without {name}": change for name, change in WITHOUT[recipe.name].items()}
+    return {"all": recipe} | {name: replace(recipe, **each) for name, each in changes.items()}
 
 
 def main() -> None:
-    """Print the table: mean and spread over the folds, and what each ingredient gives."""
-    parser = console.make_parser(__doc__, benchmark=True)
+    """Print the table of contributions."""
+    parser = cli.make_parser(__doc__)
+    recipes = {recipe.name: recipe for recipe in (TUNED, BEST, ROBUST)}
+    parser.add_argument("--recipe", choices=recipes, default="tuned", help="whose ingredients")
+    parser.add_argument("--runs", type=cli.positive_int, default=10, help="runs of each variant")
+    parser.add_argument("--epochs", type=cli.positive_int, help="how many, not the recipe's own")
     parser.add_argument(
-        "--recipe", choices=[TUNED.name, BEST.name], default=TUNED.name, help="whose ingredients"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another variant to try"
     )
     parser.add_argument(
-        "--epochs",
-        type=console.positive_whole_number,
-        help="how many, in place of the recipe's own",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=console.positive_whole_number,
-        default=1,
-        help="how many divisions into three folds; without it, 1",
-    )
-    parser.add_argument(
-        "--label-fixes",
-        type=Path,
-        metavar="FILE",
-        help="of label_errors.py; pictures that it doubts do not judge",
+        "--labels", type=Path, metavar="FILE", help="corrections of label_errors.py, see above"
     )
     arguments = parser.parse_args()
-    train = open_source(arguments.data, arguments.data_seed).load("train", arguments.quick)
-    fixes = read_fixes(arguments.label_fixes, train) if arguments.label_fixes else []
-    doubted = [fix.index for fix in fixes]
-    recipe = {each.name: each for each in (TUNED, BEST)}[arguments.recipe]
-    variants = variants_of(with_epochs(recipe, arguments.epochs, arguments.quick))
-    splitter = RepeatedStratifiedKFold(
-        n_splits=FOLDS, n_repeats=arguments.repeats, random_state=arguments.seed
+    device = torch.device("cpu")
+    dataset = open_data(arguments.data).load("train", arguments.quick)
+    flagged = read_corrections(arguments.labels, dataset) if arguments.labels else []
+    doubted = np.array([correction.index for correction in flagged], dtype=np.int64)
+    variants = variants_of(
+        with_epochs(recipes[arguments.recipe], arguments.epochs, arguments.quick), arguments.set
     )
-    folds = list(splitter.split(train.pictures, train.labels))
+    divisions = divide(dataset, doubted, arguments.runs, arguments.seed)
+    parts = [dataset.subset(inside) for inside, _ in divisions]
+    filters = parallel_map(
+        run_filter,
+        [(variants["all"], part, seed, device) for seed, part in enumerate(parts)],
+        device,
+        "label filters",
+    )
+    filtered = list(filters)
     jobs = [
-        (variant, train, learnt, np.setdiff1d(left_out, doubted), arguments.seed + number)
+        (variant, kept if variant.label_filter else part, dataset.images[outside], seed, device)
         for variant in variants.values()
-        for number, (learnt, left_out) in enumerate(folds)
+        for seed, (part, kept, (_, outside)) in enumerate(
+            zip(parts, filtered, divisions, strict=True)
+        )
     ]
-    scores = machine.side_by_side(score, jobs, torch.device("cpu"), "runs")
-    table = np.array(list(scores)).reshape(len(variants), len(folds))
-    gain = table[0] - table
-    rows = [
+    threads = max(variant.threads for variant in variants.values())
+    outcomes = parallel_map(train_and_predict, jobs, device, "runs", threads)
+    predicted = [logits.argmax(dim=1) for logits in outcomes]
+    scores = np.array(
         [
-            name,
-            f"{row.mean():.3f} ±{row.std(ddof=1):.3f}",
-            f"{lost.mean():+.3f} ±{lost.std(ddof=1):.3f}",
+            metrics.evaluate(dataset.labels[divisions[i % len(divisions)][1]], each)["g_mean"]
+            for i, each in enumerate(predicted)
         ]
-        for name, row, lost in zip(variants, table, gain, strict=True)
-    ]
-    print(
-        f"recipe {recipe.name}, {variants['all'].epochs} epochs, {train.source}, {len(folds)} folds"
-    )
-    console.print_table(["", "G-mean", "it gives"], rows)
+    ).reshape(len(variants), -1)
+    print_scores(variants, scores)
+
+
+def print_scores(variants: dict[str, Recipe], scores: np.ndarray) -> None:
+    """Print G-means [variants, runs], and what each variant lacks of the whole recipe."""
+    rows = []
+    for name, row in zip(variants, scores, strict=True):
+        gain = scores[0] - row
+        error = gain.std(ddof=1) / len(gain) ** 0.5
+        contribution = "" if name == "all" else f"{gain.mean():+.3f} ± {error:.3f}"
+        rows.append([name, f"{row.mean():.3f} ± {row.std(ddof=1):.3f}", contribution])
+    recipe = variants["all"]
+    cli.say(f"recipe {recipe.name}, {recipe.epochs} epochs, {scores.shape[1]} runs each")
+    cli.print_table(["", "G-mean, mean ± sd", "contribution ± standard error"], rows)
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

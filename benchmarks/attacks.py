@@ -12,71 +12,71 @@ import time
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import cli
+from common.attacks import in_batches, pgd
+from common.data import open_data, to_float
+from common.model import Classifier, choose_device, is_bare, load_checkpoint, predict_logits
+
 import foolbox
 import torch
 import torchattacks
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from adversarial import parse_epsilon
-from common import console, machine
-from common.attacks import in_batches, pgd
-from common.dataset import as_input, open_source
-from common.network import load_checkpoint, predict_logits
+from torch import Tensor
 
 ROUNDS = 3
 STEPS = 40
-MODELS = console.PROJECT / "models"
+MODELS = cli.PROJECT / "models"
 
 
-def by_torchattacks(
-    net: nn.Module, pictures: Tensor, labels: Tensor, epsilon: float, step_size: float
+def pgd_of_torchattacks(
+    model: Classifier, images: Tensor, labels: Tensor, epsilon: float, alpha: float
 ) -> Tensor:
     """Attack by torchattacks.PGD."""
-    return torchattacks.PGD(net, epsilon, step_size, STEPS)(pictures, labels)
+    return torchattacks.PGD(model, epsilon, alpha, STEPS)(images, labels)
 
 
-def by_foolbox(
-    net: nn.Module, pictures: Tensor, labels: Tensor, epsilon: float, step_size: float
+def pgd_of_foolbox(
+    model: Classifier, images: Tensor, labels: Tensor, epsilon: float, alpha: float
 ) -> Tensor:
     """Attack by foolbox's LinfPGD."""
-    model = foolbox.PyTorchModel(net, bounds=(0, 1), device=next(net.parameters()).device)
-    attack = foolbox.attacks.LinfPGD(abs_stepsize=step_size, steps=STEPS)
-    return attack(model, pictures, labels, epsilons=epsilon)[1]
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=alpha, steps=STEPS)
+    return attack(wrapped, images, labels, epsilons=epsilon)[1]
 
 
 CONTESTANTS = {
-    "torchattacks.PGD": by_torchattacks,
-    "foolbox LinfPGD": by_foolbox,
+    "torchattacks.PGD": pgd_of_torchattacks,
+    "foolbox LinfPGD": pgd_of_foolbox,
     "ours": partial(pgd, steps=STEPS),
 }
 
 
 def compare(
-    net: nn.Module, pictures: Tensor, labels: Tensor, epsilon: float
+    model: Classifier, images: Tensor, labels: Tensor, epsilon: float
 ) -> dict[str, tuple[float, float]]:
-    """Return the median time in seconds, and the accuracy left, of each contestant."""
+    """Return each contestant's median time in seconds and mean robust accuracy."""
     times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    left: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    for number in range(ROUNDS):
+    accuracies: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for seed in range(ROUNDS):
         for name, attack in CONTESTANTS.items():
-            torch.manual_seed(number)
+            torch.manual_seed(seed)
             start = time.perf_counter()
             attacked = in_batches(
-                attack, net, pictures, labels, epsilon=epsilon, step_size=epsilon / 10
+                attack, model, images, labels, epsilon=epsilon, alpha=epsilon / 10
             )
             times[name].append(time.perf_counter() - start)
-            right = predict_logits(net, attacked).argmax(dim=1) == labels
-            left[name].append(right.float().mean().item())
+            correct = predict_logits(model, attacked).argmax(dim=1) == labels
+            accuracies[name].append(correct.float().mean().item())
     return {
-        name: (statistics.median(times[name]), statistics.mean(left[name])) for name in CONTESTANTS
+        name: (statistics.median(times[name]), statistics.mean(accuracies[name]))
+        for name in CONTESTANTS
     }
 
 
 def main() -> None:
     """Print the table."""
-    parser = console.make_parser(__doc__, benchmark=True)
+    parser = cli.make_parser(__doc__)
     parser.add_argument(
         "--checkpoints",
         type=Path,
@@ -84,20 +84,21 @@ def main() -> None:
         default=[MODELS / "tuned.ckpt", MODELS / "robust.ckpt"],
         metavar="FILE",
     )
-    parser.add_argument("--epsilon", type=parse_epsilon, default=8 / 255)
+    parser.add_argument("--pixel-range", type=cli.pixel_range, metavar="LOW,HIGH")
+    parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255)
     arguments = parser.parse_args()
-    dev = open_source(arguments.data, arguments.data_seed).load("dev", arguments.quick)
-    machine.keep_freed_memory()
+    device = choose_device(arguments.device)
+    dev = open_data(arguments.data).load("dev", arguments.quick)
     rows = []
     for path in arguments.checkpoints:
-        net, _ = load_checkpoint(path)
-        measured = compare(net, as_input(dev.pictures), dev.labels, arguments.epsilon)
+        model, _ = load_checkpoint(path, arguments.pixel_range if is_bare(path) else None)
+        measured = compare(model.to(device), to_float(dev.images), dev.labels, arguments.epsilon)
         for name, (seconds, accuracy) in measured.items():
             ratio = seconds / measured["ours"][0]
-            rows.append([path.name, name, f"{seconds:.2f} s", f"{ratio:.1f}", f"{accuracy:.1%}"])
-    print(f"{len(dev)} pictures of {dev.source}, epsilon {arguments.epsilon:.4f}, {STEPS} steps")
-    console.print_table(["net", "attack", "median", "times ours", "accuracy left"], rows)
+            rows.append([path.name, name, f"{seconds:.2f} s", f"{ratio:.1f}", f"{accuracy:.3f}"])
+    cli.say(f"{len(dev)} images of {dev.name}, epsilon {arguments.epsilon:g}, {STEPS} steps")
+    cli.print_table(["model", "attack", "median time", "times ours", "robust accuracy"], rows)
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

@@ -1,122 +1,126 @@
-"""How much does a net withstand? Strong attacks by others, the worst of them for each picture.
+"""How much does a model withstand? Strong attacks by others, the worst of them for each image.
 
     python benchmarks/robustness.py --data FOLDER --checkpoints models/robust.ckpt models/best.ckpt
 
 AutoAttack (Croce and Hein, 2020) is the field's yardstick, but its targeted DLR loss needs four
 classes. These are its other parts, as torchattacks has them: APGD with cross-entropy and with the
-DLR loss, FAB against each other class, and Square, which needs no gradient. As in AutoAttack,
-each part attacks only what those before it have left right, so that the last row is the worst
-case. Our own PGD stands first.
+DLR loss, FAB against each other class, and Square, which needs no gradient. As in AutoAttack, each
+part attacks only the images that those before it have left correct, so that the last row is the
+worst case. Our own PGD comes first.
 """
 
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-
-import torch
-import torchattacks
-from torch import Tensor, nn
-from tqdm import tqdm
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from adversarial import parse_epsilon, rates_of
-from common import console, machine
+from common import cli, metrics
 from common.attacks import in_batches, pgd
-from common.dataset import CLASS_NAMES, PARTS, Dataset, as_input, open_source
-from common.network import load_checkpoint, predict_logits
+from common.data import CLASS_NAMES, SPLITS, Dataset, open_data, to_float
+from common.metrics import SCORE_TITLES
+from common.model import Classifier, choose_device, is_bare, load_checkpoint, predict_logits
 
-EPSILON = 8 / 255
-MODELS = console.PROJECT / "models"
+import torch
+import torchattacks
+from torch import Tensor
+from tqdm import tqdm
 
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+MODELS = cli.PROJECT / "models"
+
+Attack = Callable[[Classifier, Tensor, Tensor], Tensor]
 
 
-def attacks_with(epsilon: float, seed: int, queries: int, quick: bool) -> dict[str, Attack]:
-    """Return the attacks in the order in which they are tried, the quick ones first."""
+def make_attacks(epsilon: float, seed: int, queries: int, quick: bool) -> dict[str, Attack]:
+    """Return the attacks in the order in which they are tried, the fast ones first."""
     steps, queries = (2, 10) if quick else (100, queries)
     settings = {"eps": epsilon, "seed": seed}
-    libraries = {
+    fab = {"steps": steps, "multi_targeted": True, "n_classes": len(CLASS_NAMES)}
+    parts = {
         "APGD, cross-entropy": (torchattacks.APGD, {"steps": steps, "loss": "ce"}),
         "APGD, DLR": (torchattacks.APGD, {"steps": steps, "loss": "dlr"}),
-        "FAB, each other class": (
-            torchattacks.FAB,
-            {"steps": steps, "multi_targeted": True, "n_classes": len(CLASS_NAMES)},
-        ),
+        "FAB, each other class": (torchattacks.FAB, fab),
         "Square": (torchattacks.Square, {"n_queries": queries}),
     }
     attacks: dict[str, Attack] = {"PGD, ours, 40 steps": partial(pgd, epsilon=epsilon)}
-    for name, (kind, more) in libraries.items():
-        attacks[name] = partial(_by_library, kind, settings | more)
+    for name, (kind, more) in parts.items():
+        attacks[name] = partial(_attack_by, kind, settings | more)
     return attacks
 
 
-def _by_library(
-    kind: type, settings: dict[str, float], net: nn.Module, pictures: Tensor, labels: Tensor
+def _attack_by(
+    kind: type, settings: dict[str, Any], model: Classifier, images: Tensor, labels: Tensor
 ) -> Tensor:
-    return kind(net, **settings)(pictures, labels)
+    return kind(model, **settings)(images, labels)
 
 
 def attack_in_turn(
-    net: nn.Module, dataset: Dataset, attacks: dict[str, Attack], epsilon: float
+    model: Classifier, dataset: Dataset, attacks: dict[str, Attack], epsilon: float
 ) -> dict[str, Tensor]:
-    """Return what the net says, [N], of the clean pictures and after each attack in turn."""
-    clean = as_input(dataset.pictures)
-    predicted = predict_logits(net, clean).argmax(dim=1)
+    """Return the classes, [N], predicted for clean images and after each attack in turn."""
+    clean = to_float(dataset.images)
+    predicted = predict_logits(model, clean).argmax(dim=1)
     after = {"none": predicted}
     for name, attack in tqdm(attacks.items(), desc="attacks", disable=None):
         left = torch.nonzero(predicted == dataset.labels).flatten()
         if len(left):
-            attacked = in_batches(attack, net, clean[left], dataset.labels[left])
-            farthest = (attacked - clean[left]).abs().max().item()
-            assert farthest <= epsilon + 1e-6, f"{name} moved a pixel by {farthest}"
+            attacked = in_batches(attack, model, clean[left], dataset.labels[left])
+            largest = (attacked - clean[left]).abs().max().item()
+            assert largest <= epsilon + 1e-6, f"{name} changed a pixel by {largest}"
             predicted = predicted.clone()
-            predicted[left] = predict_logits(net, attacked).argmax(dim=1)
+            predicted[left] = predict_logits(model, attacked).argmax(dim=1)
         after[name] = predicted
     return after
 
 
+def row_of(dataset: Dataset, before: Tensor, after: Tensor) -> list[str]:
+    """Return scores, recalls and success rate as the cells of a row."""
+    scores = metrics.evaluate(dataset.labels, after)
+    low, high = scores["interval"]["g_mean"]
+    correct = before == dataset.labels
+    fooled = (after != dataset.labels)[correct].float().mean().item()
+    return [
+        f"{scores['accuracy']:.3f}",
+        f"{scores['balanced_accuracy']:.3f}",
+        f"{scores['g_mean']:.3f} [{low:.3f}, {high:.3f}]",
+        *(f"{recall:.2f}" for recall in scores["recall"].values()),
+        f"{fooled:.3f}",
+    ]
+
+
 def main() -> None:
     """Print the table."""
-    parser = console.make_parser(__doc__, benchmark=True)
+    parser = cli.make_parser(__doc__)
     parser.add_argument(
         "--checkpoints", type=Path, nargs="+", default=[MODELS / "robust.ckpt"], metavar="FILE"
     )
-    parser.add_argument("--epsilon", type=parse_epsilon, default=EPSILON)
+    parser.add_argument("--pixel-range", type=cli.pixel_range, metavar="LOW,HIGH")
+    parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255)
     parser.add_argument(
         "--queries",
-        type=console.positive_whole_number,
+        type=cli.positive_int,
         default=5000,
-        help="of Square, for each picture; AutoAttack's 5000 take most of the time",
+        help="of Square, for each image; AutoAttack's 5000 take most of the time",
     )
-    parser.add_argument("--part", choices=PARTS, default="dev")
+    parser.add_argument("--split", choices=SPLITS, default="dev")
     arguments = parser.parse_args()
-    dataset = open_source(arguments.data, arguments.data_seed).load(arguments.part, arguments.quick)
-    machine.keep_freed_memory()
-    attacks = attacks_with(arguments.epsilon, arguments.seed, arguments.queries, arguments.quick)
+    device = choose_device(arguments.device)
+    dataset = open_data(arguments.data).load(arguments.split, arguments.quick)
+    attacks = make_attacks(arguments.epsilon, arguments.seed, arguments.queries, arguments.quick)
     rows = []
     for path in arguments.checkpoints:
-        net, _ = load_checkpoint(path)
-        after = attack_in_turn(net, dataset, attacks, arguments.epsilon)
+        model, _ = load_checkpoint(path, arguments.pixel_range if is_bare(path) else None)
+        after = attack_in_turn(model.to(device), dataset, attacks, arguments.epsilon)
         for name, predicted in after.items():
-            rates = rates_of(dataset.labels, after["none"], predicted, arguments.seed)
-            low, high = rates["interval"]["g_mean"]
-            rows.append(
-                [
-                    path.name,
-                    name if name == "none" else f"+ {name}",
-                    f"{rates['accuracy']:.1%}",
-                    f"{rates['balanced_accuracy']:.1%}",
-                    f"{rates['g_mean']:.3f} [{low:.3f}, {high:.3f}]",
-                    *(f"{recall:.2f}" for recall in rates["recall"].values()),
-                    "-" if rates["success_rate"] is None else f"{rates['success_rate']:.1%}",
-                ]
-            )
-    print(f"{len(dataset)} pictures of {dataset.source}, epsilon {arguments.epsilon:.4f}")
-    titles = ["net", "attacks so far", "accuracy", "average", "G-mean", *CLASS_NAMES, "fooled"]
-    console.print_table(titles, rows)
+            attack = name if name == "none" else f"+ {name}"
+            rows.append([path.name, attack, *row_of(dataset, after["none"], predicted)])
+    cli.say(f"{len(dataset)} images of {dataset.name}, epsilon {arguments.epsilon:g}")
+    recalls = [f"{name} recall" for name in CLASS_NAMES]
+    columns = ["model", "attacks so far", *SCORE_TITLES.values(), *recalls, "success rate"]
+    cli.print_table(columns, rows)
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

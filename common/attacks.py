@@ -1,222 +1,269 @@
-"""Attacks: how to change pictures a little so that a net gets them wrong.
+"""Attacks: small changes to images that make a model wrong.
 
-All take pictures in [0, 1] and give back pictures in [0, 1]. Epsilon is in pixel units: 0.05 lets
-each pixel change by 5% of full brightness, whatever the net does to pixels inside. The norm is
-L-infinity everywhere: no pixel of no channel moves by more than epsilon. The net has to be in
-evaluation mode, and is left as it was; `change_answers` alone, of training, takes it as it is.
+Images are float32 [B, 3, 32, 32] in [0, 1], before and after. The norm is L-infinity: no pixel of
+any channel moves by more than epsilon, so 0.05 is 5% of full brightness. It can't mean anything
+else here, as normalization is the model's own first layer. Models are in eval mode.
+
+Gradients go through test-time augmentation, if the model has it: through a single view, attacks
+would be much weaker than they are.
 """
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
+
+from common.data import CLASS_NAMES, Dataset, to_float
+from common.model import Classifier, predict_logits
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from common.batches import least_sampled
-from common.dataset import CLASS_NAMES, Dataset, as_input
-from common.network import fast_precision
+BATCH_SIZE = 250
+# Of the universal perturbation; twice as many steps or images change little.
+UNIVERSAL_STEPS = 50
+FIRST_STEP_SIZE = 0.4  # of epsilon; later steps get smaller, down to 0
+IMAGES_PER_CLASS = 20  # in a batch
+LOSS_CAP = 1.5  # an image with a higher loss is misclassified for good
+CHECKED_PER_CLASS = 50
 
-ATTACK_BATCH = 250
-NOISE_STEPS = 100  # of the one noise for all; twice as many, or larger batches, change little
-NOISE_BATCH = 64
-FIRST_NOISE_STEP = 0.2  # of epsilon; later steps shrink to 0
-
+Model = Callable[[Tensor], Tensor]  # from images to logits
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return each picture's cross-entropy, [B]: what training makes small."""
+    """Return the cross-entropy of each image, [B]; labels are classes or probabilities."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return by how much the best wrong logit beats the right one, [B] (Carlini and Wagner, 2017).
+def clamped_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each image, [B], at most LOSS_CAP (Shafahi et al., 2020).
 
-    Above 0 the net is wrong. Unlike cross-entropy it has a gradient even where the net is so sure
-    that the softmax is 1 to the last digit.
+    Images that are misclassified already have no gradient, and can't outweigh the others.
+    """
+    return cross_entropy(logits, labels).clamp(max=LOSS_CAP)
+
+
+def cw_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the largest wrong logit minus the right one, [B] (Carlini and Wagner, 2017).
+
+    It is above 0 where the model is wrong. Unlike the cross-entropy it has a gradient even where
+    the softmax is 1 to the last digit.
     """
     right = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(right, -torch.inf).amax(dim=1) - logits[right]
 
 
-def loss_gradient(
-    net: nn.Module, pictures: Tensor, labels: Tensor, loss: Loss = cross_entropy
+def input_gradient(
+    model: Model, images: Tensor, labels: Tensor, loss: Loss = cross_entropy
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the loss by the pixels, [B, 3, 32, 32], and the logits, [B, C].
+    """Return the gradient of each image's loss, [B, 3, 32, 32], and the logits, [B, C].
 
-    The loss is the batch's mean: of a picture's gradient, only the scale depends on others.
+    The parameters' own gradients are not touched.
     """
-    pictures = pictures.detach().requires_grad_()
-    logits = net(pictures).float()
-    return torch.autograd.grad(loss(logits, labels).mean(), pictures)[0], logits.detach()
+    images = images.detach().requires_grad_()
+    logits = model(images).float()
+    (gradient,) = torch.autograd.grad(loss(logits, labels).sum(), images)
+    return gradient, logits.detach()
 
 
-def add_noise(pictures: Tensor, noise: Tensor) -> Tensor:
-    """Add noise, [3, 32, 32] or [B, 3, 32, 32], to pictures in [0, 1] and keep them there."""
-    return (pictures + noise).clamp(0, 1)
+def project(images: Tensor, originals: Tensor, epsilon: float) -> Tensor:
+    """Return the nearest images that are within epsilon of the originals and in [0, 1]."""
+    return (originals + (images - originals).clamp(-epsilon, epsilon)).clamp(0, 1)
 
 
 def random_noise(epsilon: float) -> Tensor:
-    """Return noise that knows nothing of the net, [3, 32, 32]: plus or minus epsilon by chance.
+    """Return noise that knows nothing of the model, [3, 32, 32]: each pixel +epsilon or -epsilon.
 
-    It is as strong as an attack of this epsilon may be, so it shows what strength alone does.
+    It is as large as an attack may be, so it shows what the size alone does.
     """
     return epsilon * (2.0 * torch.randint(0, 2, (3, 32, 32)) - 1)
 
 
-def fgsm(net: nn.Module, pictures: Tensor, labels: Tensor, epsilon: float) -> Tensor:
-    """Fast gradient sign method (Goodfellow et al., 2015): one step of full size, up the loss.
+def fgsm(model: Model, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+    """Fast gradient sign method (Goodfellow et al., 2015): one step of size epsilon up the loss.
 
     Args:
-        pictures: float32 [B, 3, 32, 32] in [0, 1].
-        labels: int64 [B].
-        epsilon: in pixel units, 0 to 1.
+        images: [B, 3, 32, 32] in [0, 1].
+        labels: the right classes, int64 [B].
+        epsilon: in pixel units, up to 1.
 
     Returns:
-        the attacked pictures, float32 [B, 3, 32, 32] in [0, 1].
+        adversarial images, [B, 3, 32, 32] in [0, 1].
     """
-    gradient, _ = loss_gradient(net, pictures, labels)
-    return add_noise(pictures, epsilon * gradient.sign())
-
-
-def change_answers(net: nn.Module, pictures: Tensor, epsilon: float) -> Tensor:
-    """Return pictures, [B, 3, 32, 32], that change what the net says: the attack of TRADES.
-
-    One step of size epsilon up the divergence between the answers, from close to the pictures:
-    at the pictures themselves there is no divergence yet, and no gradient. (Zhang et al., 2019,
-    take ten small steps, which costs four times as much.)
-    """
-    with torch.no_grad():
-        answers = net(pictures).float().softmax(dim=1)
-    nearby = _start(pictures, 0.1 * epsilon)
-    gradient, _ = loss_gradient(net, nearby, answers)  # the divergence's is the same
-    return into_ball(nearby + epsilon * gradient.sign(), pictures, epsilon)
+    gradient, _ = input_gradient(model, images, labels)
+    return (images + epsilon * gradient.sign()).clamp(0, 1)
 
 
 def pgd(
-    net: nn.Module,
-    pictures: Tensor,
+    model: Model,
+    images: Tensor,
     labels: Tensor,
     epsilon: float,
+    alpha: float | None = None,
     steps: int = 40,
-    step_size: float | None = None,
     random_start: bool = True,
     restarts: int = 1,
     targeted: bool = False,
     loss: Loss = cross_entropy,
     stop_early: bool = True,
 ) -> Tensor:
-    """Projected gradient descent (Madry et al., 2018): FGSM in small steps, kept in the ball.
+    """Projected gradient descent (Madry et al., 2018): small steps of FGSM, kept in the ball.
 
-    Without a random start it is the iterated FGSM (Kurakin et al., 2017). A picture is left alone
-    as soon as the net has it wrong, which is all that an attack wants and saves most of the work;
-    so more steps or restarts never make the attack weaker.
+    Without a random start it is the iterative FGSM of Kurakin et al. (2017).
 
     Args:
-        pictures: float32 [B, 3, 32, 32] in [0, 1].
-        labels: int64 [B]: the right classes; with `targeted`, those that the net shall say.
-        epsilon: in pixel units, 0 to 1.
-        steps: at most so many for a picture, in each restart.
-        step_size: in pixel units; None for 2.5 epsilon / steps, with which a picture can cross
-            the ball and come back a little.
-        random_start: start anywhere in the ball, governed by torch's seed, not at the picture.
-        restarts: how often to try pictures that the net still has right, each from another
-            random start.
-        targeted: go down the loss of `labels` instead of up.
-        loss: of logits and labels, [B]: cross_entropy or margin.
-        stop_early: False attacks every picture to the last step, as the paper does.
+        images: [B, 3, 32, 32] in [0, 1].
+        labels: the right classes, int64 [B]; with `targeted`, those the model shall predict.
+        epsilon: in pixel units, up to 1.
+        alpha: step size in pixel units; without it 2.5 epsilon / steps, as in the paper.
+        random_start: start at a random point of the ball, not at the image.
+        restarts: how many times to try, each from another random start.
+        targeted: go down the loss instead of up.
+        loss: of logits and labels, [B]: cross_entropy or cw_margin.
+        stop_early: leave an image alone once the attack on it has succeeded. It saves most of
+            the work, and restarts and further steps can't make the attack weaker.
 
     Returns:
-        the attacked pictures, float32 [B, 3, 32, 32] in [0, 1].
-
-    Raises:
-        ValueError: several restarts without a random start would all be the same.
+        adversarial images, [B, 3, 32, 32] in [0, 1].
     """
     if restarts > 1 and not random_start:
-        raise ValueError("restarts need a random start: without it each is the same")
-    step_size = 2.5 * epsilon / steps if step_size is None else step_size
-    step_size = -step_size if targeted else step_size
-    attacked, active = pictures.clone(), torch.arange(len(pictures), device=pictures.device)
+        raise ValueError("restarts need a random start: without it all are the same")
+    alpha = 2.5 * epsilon / steps if alpha is None else alpha
+    alpha = -alpha if targeted else alpha
+
+    def succeeded(logits: Tensor, index: Tensor) -> Tensor:
+        return (logits.argmax(dim=1) == labels[index]) == targeted
+
+    adversarial = images.clone()
+    left = torch.arange(len(images), device=images.device)
     for _ in range(restarts):
         if stop_early:
             with torch.no_grad():
-                active = active[~_has_worked(net(attacked[active]), labels[active], targeted)]
-        attacked[active] = _start(pictures[active], epsilon if random_start else 0.0)
-        climbing = active
+                left = left[~succeeded(model(adversarial[left]), left)]
+        if random_start:
+            adversarial[left] = _random_start(images[left], epsilon)
+        active = left
         for _ in range(steps):
-            gradient, logits = loss_gradient(net, attacked[climbing], labels[climbing], loss)
+            if len(active) == 0:
+                break
+            gradient, logits = input_gradient(model, adversarial[active], labels[active], loss)
             if stop_early:
-                left = ~_has_worked(logits, labels[climbing], targeted)
-                climbing, gradient = climbing[left], gradient[left]
-            moved = attacked[climbing] + step_size * gradient.sign()
-            attacked[climbing] = into_ball(moved, pictures[climbing], epsilon)
-    return attacked
+                goes_on = ~succeeded(logits, active)
+                active, gradient = active[goes_on], gradient[goes_on]
+            moved = adversarial[active] + alpha * gradient.sign()
+            adversarial[active] = project(moved, images[active], epsilon)
+    return adversarial
 
 
-def into_ball(moved: Tensor, pictures: Tensor, epsilon: float) -> Tensor:
-    """Return the nearest to `moved` that lies within epsilon of the pictures and in [0, 1]."""
-    return add_noise(pictures, (moved - pictures).clamp(-epsilon, epsilon))
+def _random_start(images: Tensor, radius: float) -> Tensor:
+    return (images + torch.empty_like(images).uniform_(-radius, radius)).clamp(0, 1)
 
 
-def _start(pictures: Tensor, radius: float) -> Tensor:
-    return add_noise(pictures, torch.empty_like(pictures).uniform_(-radius, radius))
+def trades_perturbation(model: Classifier, images: Tensor, epsilon: float) -> Tensor:
+    """Return images that change the model's output: the inner step of TRADES, in a single step.
+
+    One step of size epsilon up the KL divergence between the outputs for the images and for
+    others close by (at the images themselves its gradient is 0). Zhang et al. (2019) take ten
+    small steps. As in their code the model is in eval mode meanwhile: batch norm's statistics
+    stay as they are, and no dropout weakens the attack.
+
+    Args:
+        images: [B, 3, 32, 32] in [0, 1].
+        epsilon: in pixel units, up to 1.
+
+    Returns:
+        adversarial images, [B, 3, 32, 32] in [0, 1].
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        probabilities = model.single_view(images).float().softmax(dim=1)
+    nearby = _random_start(images, 0.1 * epsilon)
+    # The KL divergence is this cross-entropy less a constant, so the gradient is the same.
+    gradient, _ = input_gradient(model.single_view, nearby, probabilities)
+    model.train(was_training)
+    return project(nearby + epsilon * gradient.sign(), images, epsilon)
 
 
-def _has_worked(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    return (logits.argmax(dim=1) == labels) == targeted
-
-
-def fit_one_noise(
-    net: nn.Module,
-    train: Dataset,
+def universal_perturbation(
+    model: Classifier,
+    dataset: Dataset,
     epsilon: float,
     seed: int,
     to_next_label: bool = False,
-    steps: int = NOISE_STEPS,
+    steps: int = UNIVERSAL_STEPS,
 ) -> Tensor:
-    """Fit one noise for all pictures: a universal perturbation (Moosavi-Dezfooli et al., 2017).
+    """Fit one perturbation for all images (Moosavi-Dezfooli et al., 2017; Shafahi et al., 2020).
 
-    It starts at random within the epsilon ball; each step goes up the loss of the right labels,
-    then back into the ball. Classes are drawn in equal parts, so that it can't win by fooling
-    cars alone.
+    It starts at random in the epsilon ball. Each step goes up the clamped loss of a batch, then
+    back into the ball. A batch holds each class in equal parts, or fooling the model with cars
+    alone would be enough.
 
     Args:
-        train: fitted on these; an attack that is tested on the pictures it was fitted on
-            looks stronger than it is.
-        epsilon: in pixel units; no pixel of the noise is larger.
-        seed: of the start and of the order of the pictures.
-        to_next_label: go down the loss of the wrong label (label + 1) instead, as the report
-            did. That asks one noise to push cars to trucks, trucks to cats and cats to cars.
-        steps: how many; their size shrinks to 0.
+        dataset: training images: on images that it was fitted to, it would look stronger.
+        epsilon: in pixel units, up to 1.
+        seed: of the start and of the batches.
+        to_next_label: go down the loss of the next label (label + 1) instead, as the report did:
+            cars are to become trucks, trucks cats, and cats cars.
 
     Returns:
-        noise, float32 [3, 32, 32].
+        [3, 32, 32]; zeros if it does not lower the balanced accuracy on training images.
     """
     torch.manual_seed(seed)
-    device = next(net.parameters()).device
-    noise = torch.empty(3, 32, 32).uniform_(-epsilon, epsilon).to(device)
-    direction, shift = (-1, 1) if to_next_label else (1, 0)
-    epochs = least_sampled(train.labels)
-    batches = chain.from_iterable(epoch.split(NOISE_BATCH) for epoch in epochs)
-    bar = tqdm(range(steps), desc=f"one noise, epsilon {epsilon:.3g}", leave=False, disable=None)
-    for step, index in zip(bar, batches, strict=False):
-        pictures = as_input(train.pictures[index]).to(device)
-        labels = ((train.labels[index] + shift) % len(CLASS_NAMES)).to(device)
-        with fast_precision(device):  # the sum over a batch needs no more
-            gradient, _ = loss_gradient(net, add_noise(pictures, noise), labels)
-        step_size = direction * FIRST_NOISE_STEP * epsilon * (1 - step / steps)
+    device = next(model.parameters()).device
+    noise = torch.empty(3, 32, 32, device=device).uniform_(-epsilon, epsilon)
+    for step in range(steps):
+        index = _draw_per_class(dataset.labels, IMAGES_PER_CLASS)
+        images = to_float(dataset.images[index]).to(device)
+        labels = dataset.labels[index].to(device)
+        attacked = (images + noise).clamp(0, 1)
+        if to_next_label:
+            labels = (labels + 1) % len(CLASS_NAMES)
+            gradient = -input_gradient(_random_view(model), attacked, labels)[0]
+        else:
+            gradient, _ = input_gradient(
+                _random_view(model), attacked, labels, clamped_cross_entropy
+            )
+        step_size = FIRST_STEP_SIZE * epsilon * (1 - step / steps)
         noise = (noise + step_size * gradient.sum(dim=0).sign()).clamp(-epsilon, epsilon)
-    return noise.cpu()
+
+    noise = noise.cpu()
+    index = _draw_per_class(dataset.labels, CHECKED_PER_CLASS)
+    clean, labels = to_float(dataset.images[index]), dataset.labels[index]
+    correct, still_correct = (
+        (predict_logits(model, images).argmax(dim=1) == labels).sum()
+        for images in (clean, (clean + noise).clamp(0, 1))
+    )
+    return noise if still_correct < correct else torch.zeros_like(noise)
+
+
+def _draw_per_class(labels: Tensor, count: int) -> Tensor:
+    """Return the indices of `count` images of each class there is, with replacement."""
+    members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    return torch.cat([own[torch.randint(len(own), (count,))] for own in members])
+
+
+def _random_view(model: Classifier) -> Model:
+    """Return the model with one random view in place of all that it averages over.
+
+    Over many steps the gradient is about the same (Athalye et al., 2018), at a fraction of the
+    time.
+    """
+
+    def forward(images: Tensor) -> Tensor:
+        views = model.views(images)
+        return model.single_view(views[torch.randint(len(views), ())])
+
+    return forward
 
 
 def in_batches(
-    attack: Callable[..., Tensor], net: nn.Module, pictures: Tensor, labels: Tensor, **settings: Any
+    attack: Callable[..., Tensor], model: nn.Module, images: Tensor, labels: Tensor, **settings: Any
 ) -> Tensor:
-    """Attack many pictures, [N, 3, 32, 32], a batch at a time, on the device of the net."""
-    device = next(net.parameters()).device
-    batches = zip(pictures.split(ATTACK_BATCH), labels.split(ATTACK_BATCH), strict=True)
-    attacked = [attack(net, *(half.to(device) for half in batch), **settings) for batch in batches]
-    return torch.cat([batch.cpu() for batch in attacked])
+    """Attack many images, [N, 3, 32, 32], a batch at a time, on the model's device."""
+    device = next(model.parameters()).device
+    attacked = [
+        attack(model, x.to(device), y.to(device), **settings).cpu()
+        for x, y in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+    ]
+    return torch.cat(attacked)

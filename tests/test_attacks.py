@@ -2,261 +2,386 @@
 
 from dataclasses import replace
 
+from common.attacks import (
+    clamped_cross_entropy,
+    cw_margin,
+    fgsm,
+    in_batches,
+    input_gradient,
+    pgd,
+    project,
+    random_noise,
+    trades_perturbation,
+    universal_perturbation,
+)
+from common.data import to_float
+from common.model import Classifier, build_model, predict_logits
+from common.recipes import NAIVE
+from common.train import train as train_model
+
 import foolbox
 import pytest
 import torch
 import torchattacks
 from conftest import make_dataset
+from torch import nn
+from torch.distributions import Categorical, kl_divergence
 
-from common.attacks import (
-    add_noise,
-    change_answers,
-    fgsm,
-    fit_one_noise,
-    loss_gradient,
-    margin,
-    pgd,
-    random_noise,
-)
-from common.dataset import as_input
-from common.network import predict_logits
-from common.trainer import Recipe, divergence, fit
-from training import NAIVE
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["CourseNet", "BestNet"])
-def net(request):
-    """Return a net that has the easy pictures right, and half of them at epsilon 0.1."""
+@pytest.fixture(scope="module", params=["CourseNet", "SmallVGG"])
+def model(request):
+    """Return a model that classifies the easy images correctly, and half at epsilon 0.1."""
     torch.set_num_threads(1)
-    epochs = {"CourseNet": 20, "BestNet": 6}[request.param]
-    recipe = replace(NAIVE, network=request.param, epochs=epochs, batch_size=16, mixup=1.0)
-    recipe = replace(recipe, sampler="weighted", learning_rate=3e-3)
-    return fit(recipe, make_dataset(), 0, torch.device("cpu"))
+    epochs = {"CourseNet": 20, "SmallVGG": 6}[request.param]
+    recipe = replace(NAIVE, network=request.param, epochs=epochs, batch_size=16)
+    recipe = replace(recipe, sampler="balanced", learning_rate=3e-3)
+    return train_model(recipe, make_dataset("train"), 0, CPU)
 
 
 @pytest.fixture
-def pictures(dev):
-    return as_input(dev.pictures)
+def images(dev):
+    return to_float(dev.images)
 
 
-def accuracy(net, pictures, labels):
-    return (predict_logits(net, pictures).argmax(dim=1) == labels).float().mean().item()
+class Linear(Classifier):
+    """A model whose gradients can be worked out by hand; it counts what it is asked."""
+
+    def __init__(self, **settings):
+        super().__init__(pixel_range=(0.0, 1.0), **settings)
+        self.layer = nn.Linear(3 * 32 * 32, 3)
+
+    def logits(self, x):
+        return self.layer(x.flatten(start_dim=1))
 
 
-def loss_on(net, pictures, labels):
-    return torch.nn.functional.cross_entropy(predict_logits(net, pictures), labels).item()
+def accuracy(model, images, labels):
+    return (predict_logits(model, images).argmax(dim=1) == labels).float().mean().item()
+
+
+def loss_on(model, images, labels):
+    return nn.functional.cross_entropy(predict_logits(model, images), labels).item()
+
+
+# ---- FGSM and PGD -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.1, 1.0])
-def test_fgsm_equals_torchattacks(net, dev, pictures, epsilon):
-    expected = torchattacks.FGSM(net, eps=epsilon)(pictures, dev.labels)
-    ours = fgsm(net, pictures, dev.labels, epsilon)
-    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+def test_fgsm_equals_torchattacks(model, dev, images, epsilon):
+    expected = torchattacks.FGSM(model, eps=epsilon)(images, dev.labels)
+    torch.testing.assert_close(fgsm(model, images, dev.labels, epsilon), expected)
 
 
-def test_fgsm_moves_inner_pixels_by_exactly_epsilon_and_stays_in_range(net, dev, pictures):
-    epsilon = 0.03
-    attacked = fgsm(net, pictures, dev.labels, epsilon)
-    assert attacked.min() >= 0
-    assert attacked.max() <= 1
-    moved = (attacked - pictures).abs()
-    gradient, _ = loss_gradient(net, pictures, dev.labels)
-    inner = (pictures > epsilon) & (pictures < 1 - epsilon) & (gradient != 0)
+def test_fgsm_moves_inner_pixels_by_exactly_epsilon(model, dev, images):
+    attacked = fgsm(model, images, dev.labels, 0.03)
+    gradient, _ = input_gradient(model, images, dev.labels)
+    inner = (images > 0.03) & (images < 0.97) & (gradient != 0)
     assert inner.float().mean() > 0.5
-    torch.testing.assert_close(
-        moved[inner], torch.full_like(moved[inner], epsilon), atol=1e-6, rtol=0
-    )
-    assert moved.max() <= epsilon + 1e-6
+    moved = (attacked - images).abs()[inner]
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.03), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("steps", "step_size"), [(1, 0.03), (5, 0.01), (20, 0.004)])
+def test_fgsm_is_pgd_with_one_full_step(model, dev, images):
+    settings = {"alpha": 0.05, "steps": 1, "random_start": False, "stop_early": False}
+    one_step = pgd(model, images, dev.labels, 0.05, **settings)
+    torch.testing.assert_close(one_step, fgsm(model, images, dev.labels, 0.05), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "alpha"), [(1, 0.03), (5, 0.01), (20, 0.004)])
 @pytest.mark.parametrize("targeted", [False, True])
-def test_pgd_equals_torchattacks(net, dev, pictures, steps, step_size, targeted):
-    attack = torchattacks.PGD(net, 0.03, step_size, steps, random_start=False)
+def test_pgd_equals_torchattacks(model, dev, images, steps, alpha, targeted):
+    attack = torchattacks.PGD(model, 0.03, alpha, steps, random_start=False)
     labels = dev.labels
     if targeted:
         attack.set_mode_targeted_by_label(quiet=True)
         labels = (labels + 1) % 3
-    settings = {"steps": steps, "step_size": step_size, "targeted": targeted}
-    ours = pgd(net, pictures, labels, 0.03, random_start=False, stop_early=False, **settings)
-    torch.testing.assert_close(ours, attack(pictures, labels), atol=1e-5, rtol=0)
-
-
-def test_one_full_step_of_pgd_is_fgsm(net, dev, pictures):
-    settings = {"steps": 1, "step_size": 0.05, "random_start": False, "stop_early": False}
-    one_step = pgd(net, pictures, dev.labels, 0.05, **settings)
-    torch.testing.assert_close(one_step, fgsm(net, pictures, dev.labels, 0.05), atol=1e-6, rtol=0)
+    settings = {"random_start": False, "stop_early": False, "targeted": targeted}
+    ours = pgd(model, images, labels, 0.03, alpha, steps, **settings)
+    torch.testing.assert_close(ours, attack(images, labels), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("epsilon", [0.06, 0.1, 0.15])
-def test_pgd_is_never_weaker_than_foolbox(net, dev, pictures, epsilon):
-    foolbox_net = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
-    # Both from the picture itself: a start by chance may favour either by a picture or two.
+def test_pgd_is_never_weaker_than_foolbox(model, dev, images, epsilon):
+    foolbox_model = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    # Both from the image itself: a random start may favor either by an image or two.
     attack = foolbox.attacks.LinfPGD(steps=20, rel_stepsize=0.125, random_start=False)
-    _, theirs, _ = attack(foolbox_net, pictures, dev.labels, epsilons=epsilon)
-    ours = pgd(net, pictures, dev.labels, epsilon, steps=20, random_start=False)
-    assert accuracy(net, ours, dev.labels) <= accuracy(net, theirs, dev.labels)
-
-
-def test_pgd_is_no_weaker_and_no_larger_when_it_stops_early(net, dev, pictures):
-    epsilon, results = 0.1, []
-    for stop_early in (True, False):
-        torch.manual_seed(0)
-        attacked = pgd(net, pictures, dev.labels, epsilon, steps=10, stop_early=stop_early)
-        assert (attacked - pictures).abs().max() <= epsilon + 1e-6
-        assert attacked.min() >= 0
-        assert attacked.max() <= 1
-        results.append(accuracy(net, attacked, dev.labels))
-    assert results[0] <= results[1]
-
-
-def test_pgd_leaves_alone_what_is_wrong_already(net, dev, pictures):
-    wrong_labels = (predict_logits(net, pictures).argmax(dim=1) + 1) % 3
-    assert torch.equal(pgd(net, pictures, wrong_labels, 0.1), pictures)
-
-
-def test_targeted_pgd_makes_the_net_say_the_target(net, dev, pictures):
-    for target in range(3):
-        targets = torch.full_like(dev.labels, target)
-        attacked = pgd(net, pictures, targets, 0.3, targeted=True)
-        assert accuracy(net, attacked, targets) == 1
-
-
-def test_restarts_without_a_random_start_are_refused(net, dev, pictures):
-    with pytest.raises(ValueError, match="restarts need a random start"):
-        pgd(net, pictures, dev.labels, 0.1, random_start=False, restarts=2)
-
-
-def test_random_restarts_never_hurt_the_attacker(net, dev, pictures):
-    by_restarts = []
-    for restarts in (1, 2, 4):
-        torch.manual_seed(0)  # the first start is the same for all
-        attacked = pgd(net, pictures, dev.labels, 0.1, steps=3, restarts=restarts)
-        by_restarts.append(accuracy(net, attacked, dev.labels))
-    assert by_restarts == sorted(by_restarts, reverse=True)
-    assert 0 < by_restarts[0] < 1
-
-
-def test_loss_rises_with_epsilon_and_with_steps(net, dev, pictures):
-    def loss_after(epsilon, steps):
-        settings = {"random_start": False, "stop_early": False}
-        return loss_on(net, pgd(net, pictures, dev.labels, epsilon, steps, **settings), dev.labels)
-
-    by_epsilon = [loss_after(epsilon, 10) for epsilon in (0.01, 0.02, 0.04, 0.08, 0.16)]
-    assert by_epsilon == sorted(by_epsilon)
-    assert by_epsilon[0] > loss_on(net, pictures, dev.labels)
-    by_steps = [loss_after(0.1, steps) for steps in (1, 4, 16)]
-    assert by_steps == sorted(by_steps)
-
-
-def test_unbounded_attack_leaves_nothing_right(net, dev, pictures):
-    assert accuracy(net, pgd(net, pictures, dev.labels, 1.0), dev.labels) == 0
+    _, theirs, _ = attack(foolbox_model, images, dev.labels, epsilons=epsilon)
+    ours = pgd(model, images, dev.labels, epsilon, steps=20, random_start=False)
+    assert accuracy(model, ours, dev.labels) <= accuracy(model, theirs, dev.labels)
 
 
 @pytest.mark.parametrize("epsilon", [0.06, 0.1])
-def test_gradients_are_not_masked(net, dev, pictures, epsilon):
-    """A black-box attack, which needs no gradient, must not find what PGD misses."""
-    square = torchattacks.Square(net, eps=epsilon, n_queries=300, seed=0)(pictures, dev.labels)
-    ours = pgd(net, pictures, dev.labels, epsilon)
-    assert accuracy(net, ours, dev.labels) <= accuracy(net, square, dev.labels)
+def test_black_box_attack_finds_nothing_that_pgd_misses(model, dev, images, epsilon):
+    square = torchattacks.Square(model, eps=epsilon, n_queries=300, seed=0)(images, dev.labels)
+    ours = pgd(model, images, dev.labels, epsilon)
+    assert accuracy(model, ours, dev.labels) <= accuracy(model, square, dev.labels)
 
 
-def test_margin_by_hand():
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_pgd_stays_in_the_ball_and_in_range(model, dev, images, stop_early):
+    attacked = pgd(model, images, dev.labels, 0.1, alpha=0.07, steps=5, stop_early=stop_early)
+    assert (attacked - images).abs().max() <= 0.1 + 1e-6
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+
+
+def test_stopping_early_makes_pgd_no_weaker(model, dev, images):
+    left = []
+    for stop_early in (True, False):
+        torch.manual_seed(0)
+        attacked = pgd(model, images, dev.labels, 0.1, steps=10, stop_early=stop_early)
+        left.append(accuracy(model, attacked, dev.labels))
+    assert left[0] <= left[1] < accuracy(model, images, dev.labels)
+
+
+def test_pgd_starts_at_random_points_of_the_ball(dev, images):
+    model = Linear().eval()
+    settings = {"alpha": 0.0, "steps": 1, "stop_early": False}
+    gray = torch.full_like(images, 0.5)
+    torch.manual_seed(0)
+    moved = pgd(model, gray, dev.labels, 0.1, **settings) - gray
+    assert moved.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.01)  # of a uniform distribution
+    assert 0.0999 < moved.abs().max() <= 0.1 + 1e-6
+    torch.manual_seed(1)
+    assert not torch.equal(pgd(model, gray, dev.labels, 0.1, **settings) - gray, moved)
+
+
+def test_pgd_leaves_alone_what_is_misclassified_already(model, images):
+    wrong_labels = (predict_logits(model, images).argmax(dim=1) + 1) % 3
+    assert torch.equal(pgd(model, images, wrong_labels, 0.1), images)
+
+
+@pytest.mark.parametrize("target", [0, 1, 2])
+def test_targeted_pgd_makes_the_model_predict_the_target(model, dev, images, target):
+    targets = torch.full_like(dev.labels, target)
+    attacked = pgd(model, images, targets, 0.3, targeted=True)
+    assert accuracy(model, attacked, targets) == 1
+
+
+def test_restarts_need_a_random_start(model, dev, images):
+    with pytest.raises(ValueError, match="restarts need a random start"):
+        pgd(model, images, dev.labels, 0.1, random_start=False, restarts=2)
+
+
+def test_restarts_never_make_pgd_weaker(model, dev, images):
+    left = []
+    for restarts in (1, 2, 4):
+        torch.manual_seed(0)  # the first start is the same for all
+        attacked = pgd(model, images, dev.labels, 0.1, steps=3, restarts=restarts)
+        left.append(accuracy(model, attacked, dev.labels))
+    assert left == sorted(left, reverse=True)
+    assert 0 < left[0] < 1
+
+
+def test_loss_rises_with_epsilon(model, dev, images):
+    settings = {"steps": 10, "random_start": False, "stop_early": False}
+    losses = [loss_on(model, images, dev.labels)]
+    for epsilon in (0.01, 0.02, 0.04, 0.08, 0.16):
+        losses.append(
+            loss_on(model, pgd(model, images, dev.labels, epsilon, **settings), dev.labels)
+        )
+    assert losses == sorted(losses)
+
+
+def test_unbounded_attack_leaves_nothing_correct(model, dev, images):
+    assert accuracy(model, pgd(model, images, dev.labels, 1.0), dev.labels) == 0
+
+
+def test_attacks_go_through_all_views_of_test_time_augmentation(dev, images):
+    torch.manual_seed(0)
+    model = Linear(tta_flip=True, tta_shift=2).eval()
+    leaf = images.clone().requires_grad_()
+    nn.functional.cross_entropy(model(leaf), dev.labels, reduction="sum").backward()
+    expected = (images + 0.05 * leaf.grad.sign()).clamp(0, 1)
+    attacked = fgsm(model, images, dev.labels, 0.05)
+    torch.testing.assert_close(attacked, expected)
+    single = torchattacks.FGSM(SingleView(model), eps=0.05)(images, dev.labels)
+    assert (attacked - single).abs().gt(0.04).float().mean() > 0.2
+
+
+class SingleView(nn.Module):
+    """A model without its test-time augmentation, for libraries that want a module."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, images):
+        return self.model.single_view(images)
+
+
+# ---- losses and gradients ---------------------------------------------------------------------
+
+
+def test_cw_margin_by_hand():
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]])
-    assert margin(logits, torch.tensor([0, 2])).tolist() == [-1.0, 4.0]
+    assert cw_margin(logits, torch.tensor([0, 2])).tolist() == [-1.0, 4.0]
 
 
-def test_margin_has_a_gradient_where_cross_entropy_is_flat(net, dev, pictures):
-    class Sure(torch.nn.Module):
-        def forward(self, x):
-            return 1e4 * net(x)
+def test_cw_margin_has_a_gradient_where_cross_entropy_is_flat(model, dev, images):
+    def confident(x):
+        return 1e4 * model(x)
 
-    right = predict_logits(net, pictures).argmax(dim=1) == dev.labels
-    pictures, labels = pictures[right], dev.labels[right]
-    sure = Sure().eval()
-    flat, _ = loss_gradient(sure, pictures, labels)
-    steep, _ = loss_gradient(sure, pictures, labels, margin)
+    correct = predict_logits(model, images).argmax(dim=1) == dev.labels
+    images, labels = images[correct], dev.labels[correct]
+    flat, _ = input_gradient(confident, images, labels)
+    steep, _ = input_gradient(confident, images, labels, cw_margin)
     assert (flat == 0).all(dim=(1, 2, 3)).float().mean() > 0.5
-    assert (steep != 0).any(dim=3).any(dim=2).any(dim=1).all()
+    assert (steep != 0).flatten(1).any(dim=1).all()
 
 
-def test_attacks_leave_net_and_pictures_as_they_were(net, dev, train, pictures):
-    kept = pictures.clone()
-    weights = {name: weight.clone() for name, weight in net.state_dict().items()}
-    fgsm(net, pictures, dev.labels, 0.1)
-    pgd(net, pictures, dev.labels, 0.1, steps=2, restarts=2)
-    fit_one_noise(net, train, 0.1, seed=0, steps=5)
-    assert torch.equal(pictures, kept)
-    assert not pictures.requires_grad
-    assert not net.training
-    for name, weight in net.state_dict().items():
+def test_clamped_loss_has_no_gradient_for_images_that_are_lost():
+    logits = torch.tensor([[0.0, 0.0, 0.0], [5.0, 0.0, 0.0]], requires_grad=True)
+    losses = clamped_cross_entropy(logits, torch.tensor([1, 1]))  # ln 3 = 1.10, and 5.01
+    assert losses.tolist() == pytest.approx([1.0986, 1.5], abs=1e-4)
+    losses.sum().backward()
+    assert logits.grad[0].abs().min() > 0.1
+    assert not logits.grad[1].any()
+
+
+def test_input_gradient_equals_finite_differences(model, dev, images):
+    image, label = images[:1].double(), dev.labels[:1]
+    model.double()
+    gradient, _ = input_gradient(model, image, label)
+    for place in gradient.abs().flatten().argsort(descending=True)[[0, 10, 100]]:
+        losses = []
+        for step in (1e-5, -1e-5):
+            moved = image.clone()
+            moved.view(-1)[place] += step
+            losses.append(nn.functional.cross_entropy(model(moved), label).item())
+        slope = (losses[0] - losses[1]) / 2e-5
+        assert gradient.flatten()[place].item() == pytest.approx(slope, rel=1e-2)
+    model.float()
+
+
+def test_gradient_of_an_image_does_not_depend_on_the_batch(model, dev, images):
+    together, _ = input_gradient(model, images, dev.labels)
+    alone, _ = input_gradient(model, images[:1], dev.labels[:1])
+    torch.testing.assert_close(together[:1], alone, atol=1e-6, rtol=1e-4)
+
+
+def test_projection_by_hand():
+    originals = torch.tensor([0.5, 0.5, 0.02, 0.5])
+    moved = torch.tensor([0.9, 0.1, -0.05, 0.53])
+    expected = torch.tensor([0.6, 0.4, 0.0, 0.53])
+    torch.testing.assert_close(project(moved, originals, 0.1), expected)
+
+
+def test_batches_give_what_one_batch_gives(model):
+    dev = make_dataset("dev", (300, 5, 5))
+    images = to_float(dev.images)
+    attacked = in_batches(fgsm, model, images, dev.labels, epsilon=0.05)
+    torch.testing.assert_close(attacked, fgsm(model, images, dev.labels, 0.05))
+    nothing = in_batches(pgd, model, images[:0], dev.labels[:0], epsilon=0.05)
+    assert nothing.shape == (0, 3, 32, 32)
+
+
+def test_attacks_leave_model_and_images_as_they_were(model, train, dev, images):
+    before = images.clone()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    fgsm(model, images, dev.labels, 0.1)
+    pgd(model, images, dev.labels, 0.1, steps=2, restarts=2)
+    universal_perturbation(model, train, 0.1, seed=0, steps=5)
+    assert torch.equal(images, before)
+    assert not images.requires_grad
+    assert not model.training
+    for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name])
+    assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
 
 
-def test_gradient_of_a_picture_depends_on_others_in_its_scale_only(net, dev, pictures):
-    together, _ = loss_gradient(net, pictures, dev.labels)
-    alone, _ = loss_gradient(net, pictures[:1], dev.labels[:1])
-    torch.testing.assert_close(together[:1] * len(pictures), alone, atol=1e-6, rtol=1e-4)
+# ---- TRADES -----------------------------------------------------------------------------------
 
 
-def test_attack_of_trades_goes_up_the_divergence(net, pictures):
+def test_trades_perturbation_goes_up_the_kl_divergence(model, images):
     torch.manual_seed(0)
-    attacked = change_answers(net, pictures, 0.1)
+    attacked = trades_perturbation(model, images, 0.1)
     torch.manual_seed(0)
-    nearby = (pictures + torch.empty_like(pictures).uniform_(-0.01, 0.01)).clamp(0, 1)
-    nearby.requires_grad_()
-    clean = torch.distributions.Categorical(logits=net(pictures).detach())
-    answers = torch.distributions.Categorical(logits=net(nearby))
-    torch.distributions.kl_divergence(clean, answers).sum().backward()
-    moved = nearby.detach() + 0.1 * nearby.grad.sign()
-    expected = torch.clamp(moved, pictures - 0.1, pictures + 0.1).clamp(0, 1)
-    same = (attacked - expected).abs() < 1e-5  # but for signs of gradients that are nearly 0
+    nearby = (images + torch.empty_like(images).uniform_(-0.01, 0.01)).clamp(0, 1)
+    leaf = nearby.clone().requires_grad_()
+    clean = Categorical(logits=model(images).detach())
+    divergence = kl_divergence(clean, Categorical(logits=model(leaf))).sum()
+    (gradient,) = torch.autograd.grad(divergence, leaf)
+    expected = torch.clamp(nearby + 0.1 * gradient.sign(), images - 0.1, images + 0.1).clamp(0, 1)
+    same = (attacked - expected).abs() < 1e-5  # but for gradients that are nearly 0
     assert same.float().mean() > 0.99
-    answers = torch.distributions.Categorical(logits=net(attacked))
-    change = torch.distributions.kl_divergence(clean, answers).mean()
-    assert divergence(net(pictures), net(attacked)).item() == pytest.approx(change.item(), rel=1e-3)
-    net.zero_grad()
+    after = kl_divergence(clean, Categorical(logits=model(attacked))).mean()
+    assert after > 10 * kl_divergence(clean, Categorical(logits=model(nearby))).mean()
 
 
-def test_adversarial_training_makes_a_net_that_withstands():
-    plain = Recipe("plain", "BestNet", epochs=40, batch_size=16, learning_rate=3e-3)
-    plain = replace(plain, sampler="weighted")
-    robust = replace(plain, name="robust", attack_epsilon=0.1, trades_beta=4.0)
-    dev, left = make_dataset("dev"), {}
-    for recipe in (plain, robust):
-        net = fit(recipe, make_dataset(), 0, torch.device("cpu"))
-        attacked = pgd(net, as_input(dev.pictures), dev.labels, 0.1)
-        left[recipe.name] = accuracy(net, attacked, dev.labels)
-    assert left["plain"] < 0.5
-    assert left["robust"] > 0.9
-
-
-def test_fgsm_does_more_than_random_noise_of_the_same_size(net, dev, pictures):
-    epsilon = 0.1
+@pytest.mark.parametrize("network", ["CourseNet", "SmallVGG"])
+@pytest.mark.parametrize("training", [True, False])
+def test_trades_perturbation_is_made_in_eval_mode_and_leaves_no_trace(images, network, training):
+    model = build_model(network, tta_flip=True).train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = []
+    model.register_forward_hook(lambda *_: modes.append("forward"))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.BatchNorm2d):
+            module.register_forward_hook(lambda module, *_: modes.append(module.training))
     torch.manual_seed(0)
-    by_chance = loss_on(net, add_noise(pictures, random_noise(epsilon)), dev.labels)
-    assert loss_on(net, fgsm(net, pictures, dev.labels, epsilon), dev.labels) > 2 * by_chance
+    attacked = trades_perturbation(model, images, 0.1)
+    assert set(modes) == {False}  # neither training mode nor test-time augmentation
+    assert model.training == training
+    assert all(module.training == training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+    assert not attacked.requires_grad
+    torch.manual_seed(0)
+    assert torch.equal(trades_perturbation(model, images, 0.1), attacked)  # no dropout
+
+
+# ---- the same noise for all images ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("to_next_label", [False, True])
-def test_one_noise_stays_in_its_ball_and_follows_the_seed(net, train, to_next_label):
-    noises = [fit_one_noise(net, train, 0.05, seed, to_next_label, 10) for seed in (0, 0, 1)]
+def test_universal_perturbation_stays_in_the_ball_and_follows_the_seed(model, train, to_next_label):
+    noises = [
+        universal_perturbation(model, train, 0.3, seed, to_next_label, 20) for seed in (0, 0, 1)
+    ]
     assert noises[0].shape == (3, 32, 32)
-    assert noises[0].abs().max() <= 0.05
+    assert 0 < noises[0].abs().max() <= 0.3
     assert torch.equal(noises[0], noises[1])
     assert not torch.equal(noises[0], noises[2])
 
 
-def test_one_noise_works_on_pictures_it_was_not_fitted_on(net, train, dev, pictures):
-    epsilon = 0.2
-    fitted = add_noise(pictures, fit_one_noise(net, train, epsilon, seed=0, steps=40))
+def test_universal_perturbation_works_on_images_it_was_not_fitted_on(model, train, dev, images):
+    def balanced_accuracy(noise):
+        correct = predict_logits(model, (images + noise).clamp(0, 1)).argmax(dim=1) == dev.labels
+        return sum(correct[dev.labels == label].float().mean().item() for label in range(3)) / 3
+
+    fitted = balanced_accuracy(universal_perturbation(model, train, 0.25, seed=0))
     torch.manual_seed(0)
-    by_chance = add_noise(pictures, random_noise(epsilon))
-    assert loss_on(net, fitted, dev.labels) > 2 * loss_on(net, by_chance, dev.labels)
+    assert fitted < 0.7 < balanced_accuracy(random_noise(0.25))
 
 
-def test_random_noise_is_as_strong_as_allowed():
+def test_universal_perturbation_goes_down_the_loss_of_the_next_label(model, train, dev, images):
+    noise = universal_perturbation(model, train, 0.25, seed=0, to_next_label=True)
+    attacked = (images + noise).clamp(0, 1)
+    next_labels = (dev.labels + 1) % 3
+    assert loss_on(model, attacked, next_labels) < 0.7 * loss_on(model, images, next_labels)
+
+
+def test_universal_perturbation_that_does_no_harm_is_none_at_all(train):
+    class Constant(Linear):
+        def logits(self, x):
+            return super().logits(x) * 0 + torch.tensor([1.0, 0.0, 0.0])
+
+    noise = universal_perturbation(Constant().eval(), train, 0.1, seed=0, steps=3)
+    assert noise.shape == (3, 32, 32)
+    assert not noise.any()
+
+
+def test_random_noise_is_as_large_as_allowed():
     torch.manual_seed(0)
     noise = random_noise(0.1)
     assert noise.abs().unique().tolist() == pytest.approx([0.1])
     assert 0.4 < (noise > 0).float().mean() < 0.6
+
+
+def test_fgsm_does_more_than_random_noise_of_the_same_size(model, dev, images):
+    torch.manual_seed(0)
+    random = loss_on(model, (images + random_noise(0.1)).clamp(0, 1), dev.labels)
+    assert loss_on(model, fgsm(model, images, dev.labels, 0.1), dev.labels) > 2 * random

@@ -1,180 +1,347 @@
+"""Step 2: one checkpoint, the ranking of many, and images of one's own."""
+
+import csv
 import json
-from dataclasses import asdict
+import pickle
+import re
+import zipfile
 from pathlib import Path
+
+import evaluation
+from common import metrics
+from common.data import CLASS_NAMES, Dataset
+from common.model import build_model, predict_logits, save_checkpoint
 
 import numpy as np
 import pytest
 import torch
-from conftest import COURSE_DATA, random_confusion
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import write_course_pickle
 from imblearn.metrics import geometric_mean_score
-from scipy.stats import binom
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_score, recall_score
+from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-import evaluation
-import training
-from common.dataset import open_source
-from common.network import build_network, save_checkpoint
-from evaluation import bootstrap_intervals, evaluate_predictions, scores_of
-
-
-def as_predictions(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels and predictions that have this confusion matrix."""
-    true, predicted = np.indices(confusion.shape)
-    counts = confusion.ravel()
-    return np.repeat(true.ravel(), counts), np.repeat(predicted.ravel(), counts)
+# The images are plain colors. A class has its channel `lead` gray levels above the next class's,
+# which is at 100; the third is at 60. The model below predicts the brightest channel.
+LEADS = {
+    0: [15] * 40 + [5] * 15 + [-9] * 5,
+    1: [15] * 18 + [-9] * 2,
+    2: [15] * 8 + [3] + [-9],
+}
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6))
-def test_scores_equal_those_of_imbalanced_learn_and_scikit_learn(seed):
-    confusion = random_confusion(np.random.default_rng(seed))
-    labels, predicted = as_predictions(confusion)
-    ours = scores_of(confusion)
-    assert ours["g_mean"] == pytest.approx(geometric_mean_score(labels, predicted))
-    assert ours["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
-    assert ours["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
-    assert ours["recall"] == pytest.approx(recall_score(labels, predicted, average=None))
-    precision = precision_score(labels, predicted, average=None, zero_division=0)
-    assert ours["precision"] == pytest.approx(precision)
-    assert 0 <= ours["g_mean"] <= ours["balanced_accuracy"] + 1e-12 <= 1 + 1e-12
+@pytest.fixture
+def dev_set(tmp_path) -> Dataset:
+    """90 images in a folder called hidden, of which the model gets 82 right."""
+    labels = torch.tensor([label for label, leads in LEADS.items() for _ in leads])
+    leads = torch.tensor([lead for leads in LEADS.values() for lead in leads])
+    colors = torch.full((len(labels), 3), 60)
+    rows = torch.arange(len(labels))
+    colors[rows, labels] = 100 + leads
+    colors[rows, (labels + 1) % 3] = 100
+    images = colors[:, :, None, None].expand(-1, -1, 32, 32).to(torch.uint8).contiguous()
+    dataset = Dataset("hidden", "dev", images, labels)
+    (tmp_path / "hidden").mkdir()
+    write_course_pickle(tmp_path / "hidden" / "dev.pickle", dataset)
+    return dataset
 
 
-def test_always_car_has_88_percent_accuracy_and_g_mean_0():
-    labels = torch.tensor([0] * 88 + [1] * 8 + [2] * 4)
-    scores = evaluate_predictions(labels, torch.zeros(100, dtype=torch.int64))
-    assert scores["accuracy"] == pytest.approx(0.88)
-    assert scores["balanced_accuracy"] == pytest.approx(1 / 3)
-    assert scores["g_mean"] == 0
-    assert scores["recall"] == {"car": 1.0, "truck": 0.0, "cat": 0.0}
-    assert scores["precision"] == pytest.approx({"car": 0.88, "truck": 0.0, "cat": 0.0})
+def brightest_channel(bias=(0, 0, 0), pixel_range=(-1.0, 1.0)):
+    """Return a CourseNet whose logits are a tenth of the channels' gray levels plus a bias."""
+    model = build_model(pixel_range=pixel_range)
+    low, high = pixel_range
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        for channel in range(3):
+            model.conv1.weight[channel, channel, 2, 2] = 1
+            model.conv1.bias[channel] = -low  # no pixel is below 0 then, where ReLU would cut it
+            model.conv2.weight[channel, channel, 2, 2] = 1
+            model.fc1.weight[channel, 25 * channel : 25 * (channel + 1)] = 1 / 25
+            model.fc2.weight[channel, channel] = 1
+            model.fc3.weight[channel, channel] = 25.5 / (high - low)
+        model.fc3.bias += torch.tensor(bias) / 10
+    return model.eval()
 
 
-def test_scores_by_hand():
-    confusion = np.array([[8, 1, 1], [2, 4, 2], [1, 0, 1]])
-    scores = scores_of(confusion)
-    assert scores["accuracy"] == pytest.approx(13 / 20)
-    assert scores["recall"] == pytest.approx([0.8, 0.5, 0.5])
-    assert scores["g_mean"] == pytest.approx((0.8 * 0.5 * 0.5) ** (1 / 3))
-    assert scores["precision"] == pytest.approx([8 / 11, 4 / 5, 1 / 4])
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def test_many_confusion_matrices_at_once_score_as_one_by_one():
-    generator = np.random.default_rng(0)
-    many = np.stack([random_confusion(generator) for _ in range(5)])
-    together = scores_of(many)
-    for number, confusion in enumerate(many):
-        for name, alone in scores_of(confusion).items():
-            assert together[name][number] == pytest.approx(alone)
+# ---- one checkpoint ---------------------------------------------------------------------------
 
 
-def test_bootstrap_interval_of_a_recall_is_that_of_the_binomial_distribution():
-    confusion = np.array([[900, 60, 40], [10, 60, 10], [5, 4, 25]])
-    intervals = bootstrap_intervals(confusion, seed=0)
-    for label, row in enumerate(confusion):
-        total, share = row.sum(), row[label] / row.sum()
-        expected = binom.ppf((0.025, 0.975), total, share) / total
-        assert intervals["recall"][label] == pytest.approx(expected, abs=1.01 / total)
-
-
-def test_bootstrap_intervals_hold_the_score_and_follow_the_seed():
-    confusion = np.array([[90, 6, 4], [3, 14, 3], [2, 1, 7]])
-    scores, intervals = scores_of(confusion), bootstrap_intervals(confusion, seed=1)
-    for name, score in scores.items():
-        low, high = intervals[name][..., 0], intervals[name][..., 1]
-        assert (low <= score).all()
-        assert (score <= high).all()
-    assert intervals["g_mean"].tolist() == bootstrap_intervals(confusion, 1)["g_mean"].tolist()
-    assert intervals["g_mean"].tolist() != bootstrap_intervals(confusion, 2)["g_mean"].tolist()
-
-
-def test_confusion_figure_shows_each_count():
-    confusion = np.array([[90, 6, 4], [3, 14, 3], [2, 1, 7]])
-    ax = evaluation.draw_confusion(evaluation.figures.new_figure()[1][0], confusion)
-    shown = [int(text.get_text().split("\n")[0]) for text in ax.texts]
-    assert shown == confusion.ravel().tolist()
-
-
-def test_most_confident_mistakes_come_first(dev):
-    logits = torch.nn.functional.one_hot(dev.labels, 3).float() * 5
-    sure, unsure = 4, 9
-    logits[sure] = torch.tensor([0.0, 0.0, 0.0]).index_fill(0, (dev.labels[sure] + 1) % 3, 9.0)
-    logits[unsure] = torch.tensor([0.0, 0.0, 0.0]).index_fill(0, (dev.labels[unsure] + 1) % 3, 0.5)
-    figure = evaluation.draw_mistakes(dev, logits)
-    captions = [ax.get_title() for ax in figure.axes if ax.get_title()]
-    assert len(captions) == 2
-    assert "100% sure" in captions[0]
-    assert "45% sure" in captions[1]
-
-
-def test_script_writes_the_promised_numbers(run_script, course_folder, tmp_path):
-    status, printed, _ = run_script(evaluation, "--data", course_folder, "--out", tmp_path / "out")
+def test_numbers_of_one_checkpoint(run_script, dev_set):
+    save_checkpoint(Path("mine.ckpt"), brightest_channel(), {})
+    options = ("--data", "hidden", "--checkpoint", "mine.ckpt", "--out", "out")
+    status, printed, _ = run_script(evaluation, *options)
     assert status == 0
-    assert "G-mean" in printed
-    assert "Only 8 pictures of class cat" in printed
-    numbers = json.loads((tmp_path / "out/evaluation.json").read_text())
-    for name in ("accuracy", "balanced_accuracy", "g_mean"):
-        low, high = numbers["interval"][name]
-        assert low <= numbers[name] <= high
-    assert set(numbers["recall"]) == set(numbers["interval"]["recall"]) == {"car", "truck", "cat"}
-    assert numbers["data"]["parts"]["dev"]["class_counts"] == {"car": 40, "truck": 12, "cat": 8}
-    assert (tmp_path / "out/confusion.png").stat().st_size > 1000
-    assert (tmp_path / "out/mistakes.png").stat().st_size > 1000
+    assert "Only 10 images of class cat: each is 10.0% of its recall." in printed
+    assert "report" not in printed.splitlines()[3]
+    numbers = json.loads(Path("out/evaluation.json").read_text())
+    logits = predict_logits(brightest_channel(), dev_set.images)
+    expected = metrics.evaluate(dev_set.labels, logits.argmax(dim=1))
+    for key in ("accuracy", "balanced_accuracy", "g_mean", "recall", "interval", "confusion"):
+        assert numbers[key] == expected[key]
+        if key in metrics.SCORE_TITLES:
+            low, high = numbers["interval"][key]
+            assert f"{numbers[key]:.3f}  [{low:.3f}, {high:.3f}]" in printed
+    probabilities = logits.softmax(dim=1)
+    assert numbers["ece"] == metrics.expected_calibration_error(probabilities, dev_set.labels)
+    rows = read_csv(Path("out/predictions.csv"))
+    labels, predicted = ([row[key] for row in rows] for key in ("label", "predicted"))
+    assert numbers["g_mean"] == pytest.approx(geometric_mean_score(labels, predicted))
+    for name in ("confusion", "errors", "calibration"):
+        assert Image.open(f"out/{name}.png").width > 500
 
 
-def test_script_asks_for_dev_alone_and_reads_a_bare_checkpoint(run_script, course_folder, tmp_path):
-    (course_folder / "train.pickle").unlink()
-    torch.save({"model_state_dict": build_network().state_dict()}, tmp_path / "bare.ckpt")
-    options = ("--data", course_folder, "--checkpoint", "bare.ckpt", "--out", "out")
-    for pixel_range in ("0,1", "-1,1"):
-        assert run_script(evaluation, *options, "--pixel-range", pixel_range)[0] == 0
-    status, _, error = run_script(evaluation, *options, "--pixel-range", "0,255")
-    assert status == 2
-    assert "'0,255' is neither 0,1 nor -1,1" in error
-
-
-def test_the_shipped_pre_trained_net_says_car_to_everything(dev):
-    net, about = evaluation.load_checkpoint(evaluation.PRE_TRAINED)
-    scores = evaluation.evaluate(net, dev)
-    assert scores["recall"] == {"car": 1.0, "truck": 0.0, "cat": 0.0}
-    assert about["recipe"]["name"] == "pre_trained"
-    assert about["trained_on"]["source"] == "sketches"
-
-
-@pytest.mark.parametrize(("name", "least"), [("tuned", 0.85), ("best", 0.9), ("robust", 0.76)])
-def test_the_shipped_nets_are_small_carry_their_recipe_and_are_good(name, least):
-    path = evaluation.PRE_TRAINED.parent / f"{name}.ckpt"
-    net, about = evaluation.load_checkpoint(path)
-    assert path.stat().st_size < 4e6
-    recipe = training.RECIPES[name]
-    assert about["recipe"] == asdict(recipe)
-    assert type(net).__name__ == recipe.network
-    if COURSE_DATA.is_dir():
-        dev = open_source(str(COURSE_DATA)).load("dev")
-        assert evaluation.evaluate(net, dev)["g_mean"] > least
-
-
-def test_their_numbers_stand_beside_the_pre_trained_net_on_dev_only(
-    run_script, course_folder, monkeypatch
+def test_report_stands_beside_the_pre_trained_model_on_dev_only(
+    run_script, dev_set, course_folder, monkeypatch
 ):
-    options = ("--data", course_folder, "--out", course_folder.parent / "out")
-    monkeypatch.setattr(evaluation, "MISTAKES_SHOWN", 1)
-    assert "report" in run_script(evaluation, *options)[1]
-    named = run_script(evaluation, *options, "--checkpoint", evaluation.PRE_TRAINED)[1]
-    assert "report" in named
-    assert "without width" in named
-    assert "report" not in run_script(evaluation, *options, "--part", "train")[1]
+    save_checkpoint(Path("pre_trained.ckpt"), brightest_channel((99, 0, 0)), {})
+    monkeypatch.setattr(evaluation, "PRE_TRAINED", Path("pre_trained.ckpt").resolve())
+    monkeypatch.setattr(evaluation, "ERRORS_SHOWN", 1)
+    options = ("--data", "hidden", "--out", "out")
+    _, printed, _ = run_script(evaluation, *options)
+    assert re.search(r"accuracy +0\.88 +0\.667 ", printed)
+    assert re.search(r"G-mean +0\.00 +0\.000 +\[0\.000, 0\.[1-9]", printed)
+    _, named, _ = run_script(evaluation, *options, "--checkpoint", "pre_trained.ckpt")
+    assert named == printed
+    _, printed, _ = run_script(
+        evaluation, "--data", course_folder, "--out", "out", "--split", "train"
+    )
+    assert " report " not in printed
 
 
-@pytest.mark.parametrize("shape", [(8, 3, 5, 5), (16, 1, 5, 5)])
-def test_checkpoint_of_another_net_ends_with_one_line(run_script, course_folder, shape):
-    net = build_network()
-    save_checkpoint(Path("other.ckpt"), net, {})
-    content = torch.load("other.ckpt", weights_only=True)
-    content["model_state_dict"]["conv1.weight"] = torch.zeros(shape)
-    torch.save(content, "other.ckpt")
-    status, _, error = run_script(evaluation, "--data", course_folder, "--checkpoint", "other.ckpt")
+def test_bare_checkpoint_is_tried_in_both_pixel_ranges(run_script, dev_set):
+    model = brightest_channel(pixel_range=(0.0, 1.0))
+    torch.save({"model_state_dict": model.state_dict()}, "bare.ckpt")
+    options = ("--data", "hidden", "--checkpoint", "bare.ckpt", "--out", "out")
+    status, printed, _ = run_script(evaluation, *options)
+    assert status == 0
+    taken = json.loads(Path("out/evaluation.json").read_text())
+    other = taken["fed_0_to_1"]
+    text = " ".join(printed.split())
+    assert "Taken: the course's [-1, 1], with G-mean 0.000, accuracy 0.667." in text
+    assert f"[0, 1], with {other['g_mean']:.3f} and 0.911, is better: --pixel-range 0,1" in text
+    assert other["comparison"]["difference"] == pytest.approx(other["g_mean"] - taken["g_mean"])
+
+    _, printed, _ = run_script(evaluation, *options, "--pixel-range", "0,1")
+    assert json.loads(Path("out/evaluation.json").read_text())["g_mean"] == other["g_mean"]
+    assert "does not say" not in printed
+
+
+def test_pixel_range_is_refused_for_a_checkpoint_that_has_its_own(run_script, dev_set):
+    save_checkpoint(Path("mine.ckpt"), brightest_channel(), {})
+    options = ("--data", "hidden", "--checkpoint", "mine.ckpt", "--pixel-range", "0,1")
+    status, _, error = run_script(evaluation, *options)
+    assert status == 2
+    assert "mine.ckpt: has its own pixel range, -1,1" in error
+
+
+def test_most_confident_errors_come_first(dev):
+    logits = torch.nn.functional.one_hot(dev.labels, 3).float() * 5
+    for index, strength in ((4, 9.0), (9, 0.5)):
+        logits[index] = strength * torch.eye(3)[(dev.labels[index] + 1) % 3]
+    figure = evaluation.draw_errors(dev, logits.softmax(dim=1))
+    captions = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert [caption.split("\n")[1] for caption in captions] == ["100%", "45%"]
+
+
+# ---- the ranking ------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Unpickled by Python's own unpickler, it would write a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("hostile-code-ran"),)
+
+
+def write_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.fixture
+def hand_ins(dev_set) -> Path:
+    """A folder of twelve hand-ins and more: good, identical, almost so, broken and hostile."""
+    folder = Path("hand_ins")
+    (folder / "eve").mkdir(parents=True)
+    save_checkpoint(folder / "good.ckpt", brightest_channel(), {})
+    save_checkpoint(folder / "eve" / "good.ckpt", brightest_channel(), {})
+    save_checkpoint(folder / "nearly.ckpt", brightest_channel((0, 0, -4)), {})  # loses one cat
+    save_checkpoint(folder / "no_cat.ckpt", brightest_channel((0, 0, -99)), {})
+    save_checkpoint(folder / "always_car.ckpt", brightest_channel((99, 0, 0)), {})
+    infinite = brightest_channel()  # its weights are finite, its logits are not
+    with torch.no_grad():
+        infinite.fc2.weight *= 1e30
+        infinite.fc3.weight *= 1e30
+    save_checkpoint(folder / "infinite.ckpt", infinite, {})
+
+    raw = (folder / "good.ckpt").read_bytes()
+    worse = (folder / "no_cat.ckpt").read_bytes()
+    packed = {"../../ann/report/model.ckpt": raw, "ann/models/other.ckpt": worse}
+    write_zip(folder / "ann.zip", packed | {"__MACOSX/ann/._model.ckpt": b"x"})
+    write_zip(folder / "two.zip", {"a.ckpt": raw, "b.ckpt": worse})
+
+    (folder / "text.ckpt").write_text("not a checkpoint")
+    (folder / "cut.ckpt").write_bytes(raw[: len(raw) // 2])
+    (folder / "hostile.ckpt").write_bytes(pickle.dumps(Hostile()))
+    (folder / "=1+1 $x$ \x1b[31m.ckpt").write_bytes(b"")
+    (folder / "cut.zip").write_bytes((folder / "ann.zip").read_bytes()[:-100])
+    write_zip(folder / "none.zip", {"readme.txt": b"no checkpoint"})
+    write_zip(folder / "bomb.zip", {"model.ckpt": bytes(evaluation.LARGEST_CHECKPOINT + 1)})
+    write_zip(folder / "lzma.zip", {"model.ckpt": raw}, zipfile.ZIP_LZMA)
+    write_zip(folder / "hostile.zip", {"model.ckpt": pickle.dumps(Hostile())})
+    return folder
+
+
+GOOD = ["hand_ins/good.ckpt", "hand_ins/eve/good.ckpt", "ann.zip", "two.zip: a.ckpt"]
+WORSE = ["no_cat.ckpt", "two.zip: b.ckpt", "always_car.ckpt"]
+FAILED = {
+    "text.ckpt": "not a file of torch.save",
+    "cut.ckpt": "not a file of torch.save",
+    "hostile.ckpt": "not a file of torch.save",
+    "hostile.zip": "not a file of torch.save",
+    "cut.zip": "not a zip file with 1 to 10 *.ckpt files in it",
+    "none.zip": "not a zip file with 1 to 10 *.ckpt files in it",
+    "bomb.zip": "more than 64 MB",
+    "lzma.zip": "not readable",
+    "infinite.ckpt": "NaN or infinite",
+    "missing.ckpt": "no such file",
+    "empty": "a folder without",
+}
+
+
+def test_ranking_of_good_identical_broken_and_hostile_hand_ins(run_script, hand_ins):
+    Path("empty").mkdir()
+    before = set(Path().iterdir())
+    options = ("--data", "hidden", "--out", "out", "--checkpoint")
+    status, printed, error = run_script(evaluation, *options, "hand_ins", "missing.ckpt", "empty")
+    assert (status, error) == (0, "")
+    assert set(Path().iterdir()) - before == {Path("out")}  # no code ran, nothing was unpacked
+    assert "\x1b" not in printed
+
+    numbers = json.loads(Path("out/ranking.json").read_text())
+    models = {found["name"]: found for found in numbers["models"]}
+    ranks = {name: found["rank"] for name, found in models.items()}
+    assert ranks == dict.fromkeys(GOOD, 1) | {"nearly.ckpt": 5} | dict.fromkeys(WORSE, 6)
+    failed = numbers["not_evaluated"]
+    assert len(failed) == len(FAILED) + 1  # and the one with the odd name
+    for name, reason in FAILED.items():
+        assert reason in failed[name]
+        line = rf"^{re.escape(name)} +not evaluated: .*{re.escape(reason)}"
+        assert re.search(line, printed, re.MULTILINE)
+
+    nearly, best = models["nearly.ckpt"], models["ann.zip"]
+    assert nearly["to_best"]["difference"] == pytest.approx(nearly["g_mean"] - best["g_mean"])
+    text = " ".join(printed.split())
+    tied = re.search(r"Cannot be told apart from [^:]*: (.*?)\. Same predictions: (.*?)\. ", text)
+    assert set(tied[2].split(", ")) == set(GOOD)
+    others = {*GOOD, "nearly.ckpt"} - {numbers["models"][0]["name"]}
+    assert set(tied[1].split(", ")) == others
+
+
+def test_ranking_files_are_right_and_safe_to_open(run_script, hand_ins):
+    run_script(evaluation, "--data", "hidden", "--out", "out", "--checkpoint", "hand_ins")
+    rows = read_csv(Path("out/ranking.csv"))
+    assert all(row["name"][0] not in "=+-@" for row in rows)
+    assert sum("=1+1" in row["name"] for row in rows) == 1
+    evaluated = [row for row in rows if row["rank"]]
+    assert [int(row["rank"]) for row in evaluated] == [1, 1, 1, 1, 5, 6, 6, 6]
+    assert {row["tied_with_best"] for row in evaluated[:5]} == {"yes"}
+    assert {row["tied_with_best"] for row in evaluated[5:]} == {"no"}
+    predictions = sorted(Path("out").glob("predictions-*.csv"))
+    assert len(predictions) == len(evaluated)
+    # Each row's scores are those of one of the predictions files, by another library.
+    recomputed = set()
+    for path in predictions:
+        labels, predicted = np.array([(r["label"], r["predicted"]) for r in read_csv(path)]).T
+        reference = (accuracy_score, balanced_accuracy_score, geometric_mean_score)
+        recomputed.add(tuple(f"{score(labels, predicted):.4f}" for score in reference))
+    assert {tuple(row[key] for key in metrics.SCORE_TITLES) for row in evaluated} == recomputed
+    for row in evaluated:
+        assert float(row["g_mean_low"]) <= float(row["g_mean"]) <= float(row["g_mean_high"])
+    assert Image.open("out/ranking.png").width > 1000
+
+
+def test_ranking_changes_with_the_metric_and_says_so(run_script, dev_set):
+    # The one knows no cat; the other takes a quarter of the cars for trucks.
+    save_checkpoint(Path("no_cat.ckpt"), brightest_channel((0, 0, -99)), {})
+    save_checkpoint(Path("trucks.ckpt"), brightest_channel((0, 8, 0)), {})
+    options = ("--data", "hidden", "--out", "out", "--checkpoint", "no_cat.ckpt", "trucks.ckpt")
+    first = {}
+    for score in metrics.SCORE_TITLES:
+        _, printed, _ = run_script(evaluation, *options, "--rank-by", score)
+        ranking = json.loads(Path("out/ranking.json").read_text())["models"]
+        first[score] = ranking[0]["name"]
+        assert ranking[0][score] > ranking[1][score]
+    assert first["accuracy"] == "no_cat.ckpt"
+    assert first["balanced_accuracy"] == first["g_mean"] == "trucks.ckpt"
+    text = " ".join(printed.split())
+    assert "has 0.667. First here: no_cat.ckpt; 1 of 1 pairs in another order than by G-m" in text
+    assert "has 0.333. First here: trucks.ckpt; 0 of 1 pairs in another order than by G-m" in text
+
+
+def test_pixel_range_in_a_ranking_is_for_bare_checkpoints_only(run_script, dev_set):
+    save_checkpoint(Path("ours.ckpt"), brightest_channel(), {})
+    torch.save(brightest_channel(pixel_range=(0.0, 1.0)).state_dict(), "bare.ckpt")
+    options = ("--data", "hidden", "--out", "out", "--checkpoint", "ours.ckpt", "bare.ckpt")
+    for pixel_range, ranks in (("0,1", [1, 1]), ("-1,1", [1, 2])):
+        assert run_script(evaluation, *options, "--pixel-range", pixel_range)[0] == 0
+        models = json.loads(Path("out/ranking.json").read_text())["models"]
+        assert [model["rank"] for model in models] == ranks
+        assert models[0]["name"] == "ours.ckpt"
+
+
+def test_ranking_ends_with_one_line_if_nothing_can_be_evaluated(run_script, dev_set):
+    Path("a.ckpt").write_text("x")
+    options = ("--data", "hidden", "--out", "out", "--checkpoint", "a.ckpt", "b.ckpt")
+    status, _, error = run_script(evaluation, *options)
     assert status == 2
     assert error.count("\n") == 1
-    assert "conv1.weight" in error
+    assert "none of 2 can be evaluated; a.ckpt: not a file of torch.save" in error
+
+
+def test_a_checkpoint_named_twice_counts_once():
+    assert len(evaluation.find_sources([Path("a.ckpt"), Path("a.ckpt")])) == 1
+
+
+# ---- images of one's own ------------------------------------------------------------------------
+
+
+def test_image_files_of_any_size_are_classified(run_script):
+    """What is seen is the square in the middle, scaled down with antialiasing."""
+    save_checkpoint(Path("mine.ckpt"), brightest_channel(), {})
+    wide = np.full((320, 480, 3), 255, np.uint8)
+    wide[:, 80:400] = (90, 120, 100)
+    Image.fromarray(wide).save("truck.png")
+    striped = np.full((640, 640, 3), (0, 120, 160), np.uint8)
+    striped[:, ::2, 0] = 255  # one pixel wide: 127.5 on average
+    Image.fromarray(striped).save("$cat$.webp", lossless=True)
+    Image.new("L", (1, 900)).save("thin.gif")
+    Path("text.jpg").write_text("no image")
+    options = ("--checkpoint", "mine.ckpt", "--out", "out", "--image")
+    files = ("truck.png", "$cat$.webp", "thin.gif", "text.jpg", ".")
+    status, printed, error = run_script(evaluation, *options, *files)
+    assert status == 0
+    assert error.count("\n") == 2
+    assert error.startswith("not classified: text.jpg: not a readable")
+    found = json.loads(Path("out/images.json").read_text())["images"]
+    assert [each["file"] for each in found] == list(files[:3])
+    for each, levels in zip(found, [(9, 12, 10), (12.75, 12, 16), (0, 0, 0)], strict=True):
+        expected = torch.tensor(levels, dtype=torch.float64).softmax(dim=0).tolist()
+        assert [each[name] for name in CLASS_NAMES] == pytest.approx(expected, abs=0.01)
+        assert f"{each['file']}".ljust(10) + f"  {each['predicted']:>9}" in printed
+    assert [each["predicted"] for each in found[:2]] == ["truck", "cat"]
+    assert Image.open("out/images.png").height > 900
+
+
+def test_no_readable_image_ends_with_status_2(run_script):
+    save_checkpoint(Path("mine.ckpt"), brightest_channel(), {})
+    options = ("--checkpoint", "mine.ckpt", "--out", "out", "--image", "missing.png")
+    status, _, error = run_script(evaluation, *options)
+    assert status == 2
+    assert "none of the files" in error

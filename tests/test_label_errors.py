@@ -1,224 +1,337 @@
 import csv
 import json
+import os
+import shutil
+import subprocess
 from dataclasses import replace
+
+import label_errors
+from common import cli
+from common.data import CLASS_NAMES, Correction, format_corrections, open_data, read_corrections
 
 import numpy as np
 import pytest
 import torch
-from cleanlab.rank import get_label_quality_scores
-from conftest import make_dataset
+from conftest import make_dataset, make_images, write_course_pickle
+from sklearn.metrics import precision_score, recall_score
 
-import label_errors
-from common import trainer
-from common.console import UserError
-from common.label_fixes import LabelFix, format_fixes, read_fixes, with_fixes
-from common.label_noise import LEFT_OUT, fit_sharpness, leave_out_doubted, true_label_chances
-from label_errors import find_fixes, rate
-
-CPU = torch.device("cpu")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-def noisy_set(counts=(4000, 400, 200), wrong=(0.01, 0.05, 0.25), seed=0):
-    """Return given and true labels, and logits of a judge who mistakes one picture in fourteen."""
-    generator = np.random.default_rng(seed)
-    given = np.repeat(np.arange(3), counts)
-    flipped = generator.random(len(given)) < np.array(wrong)[given]
-    true = np.where(flipped, (given + generator.integers(1, 3, len(given))) % 3, given)
-    # 1.5 times these are the log-likelihoods: 3 / 1.41 ** 2 = 1.5
-    logits = 3 * np.eye(3)[true] + generator.normal(0, 1.41, (len(given), 3))
-    return torch.from_numpy(given), torch.from_numpy(true), torch.from_numpy(logits)
-
-
-def test_chances_are_bayes_rule_with_the_table_that_they_sum_up_to():
-    given, _, logits = noisy_set()
-    chances = true_label_chances(logits, given)
-    assert torch.allclose(chances.sum(dim=1), torch.ones(len(given), dtype=torch.float64))
-    table = torch.stack([chances[given == label].sum(dim=0) for label in range(3)])
-    expected = (1.5 * logits).softmax(dim=1) * table[given]
-    expected /= expected.sum(dim=1, keepdim=True)
-    assert torch.allclose(chances, expected, atol=1e-3)  # a fixed point
-
-
-def test_sharpness_is_recovered():
-    given, _, logits = noisy_set()
-    for modesty in (0.6, 1.0):  # logits divided by it must be multiplied by it again
-        assert fit_sharpness(logits / modesty, given) == pytest.approx(1.5 * modesty, rel=0.2)
-
-
-def test_wrong_labels_are_found_better_than_by_the_judges_own_probabilities():
-    given, true, logits = noisy_set()
-    wrong = given != true
-    chances = true_label_chances(logits, given)
-    doubted = chances.argmax(dim=1) != given
-    naive = logits.argmax(dim=1) != given
-    precision, naive_precision = (wrong[flags].double().mean() for flags in (doubted, naive))
-    assert precision > 0.8 > 2 * naive_precision
-    assert doubted[wrong].double().mean() > 0.6
-
-
-def test_doubted_labels_are_left_out_but_a_class_wholly_doubted_is_kept():
-    given, _, logits = noisy_set()
-    learnt = leave_out_doubted(logits, given)
-    doubted = true_label_chances(logits, given).argmax(dim=1) != given
-    assert torch.equal(learnt == LEFT_OUT, doubted)
-    assert torch.equal(learnt[~doubted], given[~doubted])
-    logits[given == 2] = torch.tensor([8.0, 0.0, 0.0], dtype=torch.float64)
-    assert (leave_out_doubted(logits, given)[given == 2] == 2).all()
-
-
-def test_fixes_are_ranked_and_the_most_doubtful_accepted():
-    given, _, logits = noisy_set()
-    dataset = replace(make_dataset(), labels=given, pictures=torch.zeros(len(given), 3, 1, 1))
-    fixes = find_fixes(dataset, logits)
-    chances = true_label_chances(logits, given, fit_sharpness(logits, given)).numpy()
-    quality = get_label_quality_scores(given.numpy(), chances, method="self_confidence")
-    ranks = [quality[fix.index] for fix in fixes]
-    assert ranks == sorted(ranks)
-    assert {fix.index for fix in fixes} == set(np.flatnonzero(quality < 0.8))
-    assert {True, False} == {fix.accept for fix in fixes}
-    for fix in fixes:
-        assert fix.given == given[fix.index] != fix.suggested
-        assert fix.confidence == chances[fix.index, fix.suggested]
-        assert fix.accept == (quality[fix.index] < 0.6)
-
-
-def test_no_class_is_accepted_as_wholly_wrong():
-    given, _, logits = noisy_set()
-    logits[given == 2] = torch.tensor([8.0, 0.0, 0.0], dtype=torch.float64)
-    dataset = replace(make_dataset(), labels=given, pictures=torch.zeros(len(given), 3, 1, 1))
-    fixes = find_fixes(dataset, logits)
-    of_cats = [fix for fix in fixes if fix.given == 2]
-    assert len(of_cats) == (given == 2).sum()
-    assert not any(fix.accept for fix in of_cats)
-
-
-def test_rates_of_a_hand_worked_example():
-    labels, true = torch.tensor([0, 0, 0, 0, 2, 2]), torch.tensor([0, 1, 2, 0, 2, 0])
-    dataset = replace(make_dataset(), labels=labels, true_labels=true)
-    fixes = [LabelFix(1, 0, 1, 0.9), LabelFix(3, 0, 1, 0.8), LabelFix(5, 2, 1, 0.7)]
-    rated = rate(dataset, fixes)
-    assert rated["car"] == {
-        "wrong": 2, "accepted": 2, "recall": 0.5, "precision": 0.5, "suggestion_right": 1.0
-    }  # fmt: skip
-    assert rated["all"]["recall"] == pytest.approx(2 / 3)
-    assert rated["all"]["suggestion_right"] == 0.5
-    assert np.isnan(rated["truck"]["recall"])
-
-
-def test_each_picture_is_judged_by_a_net_that_has_not_learnt_from_it(train, monkeypatch):
-    seen = []
-
-    def spy(recipe, learnt, judged, seed, device):
-        known = {picture.numpy().tobytes() for picture in learnt.pictures}
-        assert not any(picture.numpy().tobytes() in known for picture in judged)
-        seen.append(len(judged))
-        return judged[:, :, 0, 0].float()  # tells which picture it was
-
-    monkeypatch.setattr(trainer, "judge", spy)
-    monkeypatch.setattr(trainer.machine, "side_by_side", _one_by_one)
-    logits = trainer.judge_by_folds(label_errors.RECIPE, train, 0, CPU)
-    assert torch.equal(logits, train.pictures[:, :, 0, 0].float())
-    assert sum(seen) == len(train)
-
-
-def test_both_kinds_of_nets_decide_and_the_better_learn_nothing_that_the_small_doubt(
-    train, monkeypatch
-):
-    first, second = torch.zeros(len(train), 3), torch.zeros(len(train), 3)
-    first[torch.arange(len(train)), train.labels] = 9.0
-    first[0] = first[0].roll(1)
-    trusted_by = []
-
-    def spy(recipe, dataset, seed, device, trusted=None):
-        trusted_by.append(trusted)
-        return first if recipe == label_errors.RECIPE.judge else second
-
-    monkeypatch.setattr(label_errors, "judge_by_folds", spy)
-    logits = label_errors.judge_all(label_errors.RECIPE, train, train, 0, CPU)
-    assert torch.equal(logits, first / 2)
-    small, better = trusted_by
-    assert small is None
-    assert better.tolist() == [False] + [True] * (len(train) - 1)
-
-
-def _one_by_one(function, jobs, device, name):
-    return (function(*job) for job in jobs)
-
-
-FIXES = [LabelFix(3, 0, 2, 0.9876), LabelFix(1, 0, 1, 0.5, accept=False)]
+def sure_logits(labels, scale=6.0):
+    """Return logits of models that are mostly sure of these labels."""
+    noise = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(0))
+    return scale * torch.nn.functional.one_hot(labels, 3) + noise
 
 
 @pytest.fixture
-def few():
-    return replace(make_dataset(), labels=torch.tensor([0, 0, 1, 0, 2]))
+def noisy(tmp_path):
+    """A folder of data in which images 0, 1, 2 of the training set have wrong labels."""
+    dataset = make_dataset("train", (90, 40, 30))
+    true = dataset.labels.clone()
+    labels = dataset.labels.clone()
+    labels[:3] = (labels[:3] + 1) % 3
+    folder = tmp_path / "noisy"
+    folder.mkdir()
+    write_course_pickle(folder / "train.pickle", replace(dataset, labels=labels))
+    dev = make_dataset("dev", (20, 10, 8))
+    write_course_pickle(folder / "dev.pickle", dev)
+    true_labels = {"train": true.tolist(), "dev": dev.labels.tolist()}
+    (folder / "true_labels.json").write_text(json.dumps(true_labels))
+    return folder
 
 
-def test_fixes_survive_the_file_and_only_accepted_ones_count(few, tmp_path):
-    path = tmp_path / "fixes.csv"
-    path.write_text(format_fixes(few, FIXES))
-    again = read_fixes(path, few)
-    assert again == [replace(FIXES[0], confidence=0.988), FIXES[1]]
-    fixed = with_fixes(few, again)
-    assert fixed.labels.tolist() == [0, 0, 1, 2, 2]
-    assert few.labels.tolist() == [0, 0, 1, 0, 2]
-    assert fixed.fingerprint != few.fingerprint
-
-
-def test_a_file_that_a_spreadsheet_saved_is_read(few, tmp_path):
-    path = tmp_path / "fixes.csv"
-    text = format_fixes(few, FIXES).replace("\n", "\r\n").replace("yes", "YES")
-    path.write_bytes(("\ufeff" + text.replace("\r\n", ",,\r\n", 1)).encode())
-    assert [fix.accept for fix in read_fixes(path, few)] == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("# labels", "labels?", "does not begin with the line that names its data"),
-        ("3,car,cat", "3,car,dog", "line 3: '3,car,dog,0.988,yes' is no label fix"),
-        ("3,car,cat", "99,car,cat", "line 3: '99,car,cat"),
-        ("3,car,cat", "-1,cat,car", "picture -1 is not labelled cat"),
-        ("3,car,cat", "2,car,cat", "line 3: picture 2 is not labelled car in this data"),
-        ("yes", "maybe", "is no label fix"),
-        ("confidence", "sureness", "line 2: the columns must be index,given,"),
-    ],
-)
-def test_a_wrong_file_is_refused_in_one_line(few, tmp_path, old, new, message):
-    path = tmp_path / "fixes.csv"
-    text = format_fixes(few, FIXES)
-    assert old in text
-    new_text = (
-        text.replace("# labels of", "about") if old == "# labels" else text.replace(old, new, 1)
+@pytest.fixture
+def models(monkeypatch, noisy):
+    """Models that know the true labels, in place of trained ones."""
+    true = torch.tensor(json.loads((noisy / "true_labels.json").read_text())["train"])
+    monkeypatch.setattr(
+        label_errors, "predict_train", lambda recipe, train, seed, device: sure_logits(true)
     )
-    path.write_text(new_text)
-    with pytest.raises(UserError) as raised:
-        read_fixes(path, few)
-    assert message in str(raised.value)
 
 
-def test_a_missing_or_binary_file_is_refused(few, tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        read_fixes(tmp_path / "none.csv", few)
-    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(UserError, match="not a text file"):
-        read_fixes(tmp_path / "binary.csv", few)
-    (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(UserError, match="does not begin"):
-        read_fixes(tmp_path / "empty.csv", few)
+def read_rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()[1:]))
 
 
-@pytest.mark.parametrize("part", ["train", "dev"])
-def test_script_writes_table_sheets_and_numbers(run_script, course_folder, tmp_path, part):
-    options = ("--data", course_folder, "--out", "out", "--quick", "--part", part)
-    status, printed, _ = run_script(label_errors, *options)
+def test_wrong_labels_are_flagged_written_and_rated(noisy, models, run_script, tmp_path):
+    status, out, _ = run_script(label_errors, "--data", noisy, "--out", tmp_path / "out")
     assert status == 0
-    suffix = "" if part == "train" else "-dev"
-    dataset = make_dataset(part)
-    path = tmp_path / f"out/label_fixes{suffix}.csv"
-    fixes = read_fixes(path, dataset)
-    numbers = json.loads((tmp_path / f"out/label_errors{suffix}.json").read_text())
-    assert [fix["index"] for fix in numbers["fixes"]] == [fix.index for fix in fixes]
-    assert len(list(csv.reader(path.open()))) == len(fixes) + 2
-    assert "The true labels are known" not in printed
-    for name in ("car", "truck", "cat"):
-        assert (tmp_path / f"out/label-errors-{name}{suffix}.png").exists()
+    train = open_data(str(noisy)).load("train")
+    rows = read_rows(tmp_path / "out" / "label_corrections.csv")
+    assert {int(row["index"]) for row in rows} == {0, 1, 2}
+    for row in rows:
+        assert row["given"] == CLASS_NAMES[train.labels[int(row["index"])]]
+        assert row["suggested"] == CLASS_NAMES[train.true_labels[int(row["index"])]]
+    numbers = json.loads((tmp_path / "out" / "label_errors.json").read_text())
+    assert numbers["flagged"] == 3
+    everything = numbers["classes"]["all"]
+    assert (everything["flagged_recall"], everything["flagged_precision"]) == (1, 1)
+    assert everything["estimated_wrong"] == pytest.approx(3, abs=1)
+    assert "label_review.html" in out
+
+
+def test_rates_are_those_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    dataset = make_dataset("train", (60, 40, 30))
+    true = dataset.labels.clone()
+    wrong = torch.from_numpy(generator.choice(130, 30, replace=False))
+    true[wrong] = (true[wrong] + 1) % 3
+    dataset = replace(dataset, true_labels=true)
+    chosen = generator.choice(130, 40, replace=False)
+    found = [
+        Correction(int(index), int(dataset.labels[index]), 0, 0.9, accept=bool(number % 2))
+        for number, index in enumerate(chosen)
+    ]
+    summary = label_errors.summarize(dataset, found, np.full((130, 3), 1 / 3))
+    is_wrong = (dataset.labels != true).numpy()
+    for kind, index in (("flagged", chosen), ("accepted", chosen[1::2])):
+        selected = np.isin(np.arange(130), index)
+        for name in (*CLASS_NAMES, "all"):
+            own = np.ones(130, bool)
+            if name != "all":
+                own = (dataset.labels == CLASS_NAMES.index(name)).numpy()
+            row = summary[name]
+            assert row[kind] == selected[own].sum()
+            recall = recall_score(is_wrong[own], selected[own])
+            assert row[f"{kind}_recall"] == pytest.approx(recall)
+            precision = precision_score(is_wrong[own], selected[own])
+            assert row[f"{kind}_precision"] == pytest.approx(precision)
+    assert summary["all"]["estimated_wrong"] == pytest.approx(130 * 2 / 3)
+
+
+def test_decisions_of_the_user_are_kept(noisy, models, run_script, tmp_path):
+    options = ("--data", noisy, "--out", tmp_path / "out")
+    run_script(label_errors, *options)
+    path = tmp_path / "out" / "label_corrections.csv"
+    train = open_data(str(noisy)).load("train")
+    first = read_corrections(path, train)
+    own = [replace(each, accept=not each.accept) for each in first[:2]]
+    own.append(Correction(7, int(train.labels[7]), (int(train.labels[7]) + 1) % 3, 0.5, True))
+    path.write_text(format_corrections(train, own))
+    status, out, _ = run_script(label_errors, *options)
+    assert status == 0
+    assert "3 rows" in out
+    merged = {each.index: each for each in read_corrections(path, train)}
+    assert [merged[each.index] for each in own] == own
+    assert merged[first[2].index] == first[2]
+    assert len(merged) == 4
+
+
+def test_decisions_for_other_data_are_set_aside(noisy, models, run_script, tmp_path):
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "label_corrections.csv"
+    other = make_dataset("dev")
+    text = format_corrections(other, [Correction(1, int(other.labels[1]), 0, 0.9, False)])
+    path.write_text(text)
+    status, out, _ = run_script(label_errors, "--data", noisy, "--out", tmp_path / "out")
+    assert status == 0
+    assert (tmp_path / "out" / f"label_corrections-{other.fingerprint}.csv").read_text() == text
+    assert len(read_rows(path)) == 3
+
+
+def test_a_broken_file_of_decisions_is_reported_before_the_models_are_trained(
+    noisy, run_script, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(label_errors, "predict_train", lambda *_: pytest.fail("too late"))
+    (tmp_path / "out").mkdir()
+    train = open_data(str(noisy)).load("train")
+    text = format_corrections(train, [Correction(1, int(train.labels[1]), 0, 0.9, True)])
+    (tmp_path / "out" / "label_corrections.csv").write_text(text.replace("yes", "perhaps"))
+    status, _, error = run_script(label_errors, "--data", noisy, "--out", tmp_path / "out")
+    assert status == 2
+    assert "'perhaps'" in error
+
+
+def test_models_at_chance_level_flag_nothing_and_it_is_said(
+    noisy, monkeypatch, run_script, tmp_path
+):
+    logits = torch.randn(160, 3, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(label_errors, "predict_train", lambda *_: logits)
+    status, out, _ = run_script(label_errors, "--data", noisy, "--out", tmp_path / "out")
+    assert status == 0
+    assert "no better than chance" in out
+    assert read_rows(tmp_path / "out" / "label_corrections.csv") == []
+    assert json.loads((tmp_path / "out" / "label_errors.json").read_text())["chance_level"]
+
+
+def test_of_near_duplicates_with_different_labels_the_less_likely_is_flagged():
+    dataset = make_dataset("train", (20, 10, 10))
+    images, labels = dataset.images.clone(), dataset.labels.clone()
+    images[5] = images[3].flip(-1)
+    labels[3], labels[5] = 0, 1
+    dataset = replace(dataset, images=images, labels=labels)
+    posterior = np.full((40, 3), 0.01)
+    posterior[np.arange(40), labels] = 0.98
+    posterior[5] = [0.1, 0.9, 0]
+    (found,) = label_errors.find_corrections(dataset, posterior)
+    assert (found.index, found.given, found.suggested, found.accept) == (5, 1, 0, False)
+
+
+def test_accepted_corrections_leave_every_class_an_image():
+    dataset = make_dataset("train", (20, 10, 3))
+    posterior = np.tile([0.98, 0.01, 0.01], (33, 1))
+    posterior[dataset.labels == 1] = [0.01, 0.98, 0.01]
+    found = label_errors.find_corrections(dataset, posterior)
+    assert [each.given for each in found] == [2, 2, 2]
+    assert not any(each.accept for each in found)
+
+
+def test_images_that_the_first_models_flag_are_not_trained_on_by_the_next(monkeypatch, train):
+    calls = []
+
+    def fake(recipe, dataset, seed, device, keep=None):
+        calls.append((recipe, keep))
+        logits = sure_logits(dataset.labels)
+        logits[0] = logits[0].roll(1)
+        return logits + 10 * (keep is not None)
+
+    monkeypatch.setattr(label_errors, "cross_val_logits", fake)
+    recipe = label_errors.RECIPE
+    logits = label_errors.predict_train(recipe, train, 0, torch.device("cpu"))
+    (first, everything), (second, keep) = calls
+    assert (first, second) == (recipe.label_filter, recipe)
+    assert everything is None
+    assert keep.tolist() == [False] + [True] * (len(train) - 1)
+    assert torch.allclose(logits, sure_logits(train.labels) + 5, atol=7)
+
+
+@pytest.mark.slow
+def test_the_script_trains_and_checks_both_splits(noisy, run_script, tmp_path):
+    for split, suffix in (("train", ""), ("dev", "-dev")):
+        status, _, error = run_script(
+            label_errors, "--data", noisy, "--out", tmp_path / "out", "--quick", "--split", split
+        )
+        assert status == 0, error
+        dataset = open_data(str(noisy)).load(split, quick=True)
+        read_corrections(tmp_path / "out" / f"label_corrections{suffix}.csv", dataset)
+        assert (tmp_path / "out" / f"label-errors-cat{suffix}.png").stat().st_size > 0
+
+
+# ---- the review page ----------------------------------------------------------------------------
+
+
+class Browser:
+    """Chromium without a window, driven over pipes by the DevTools protocol."""
+
+    def __init__(self, folder):
+        to_read, write = os.pipe()
+        read, to_write = os.pipe()
+        command = (
+            f"exec {CHROMIUM} --headless=new --no-sandbox --disable-gpu --remote-debugging-pipe "
+            f"--user-data-dir={folder}/profile about:blank 3<&{to_read} 4>&{to_write}"
+        )
+        self.process = subprocess.Popen(
+            ["bash", "-c", command], pass_fds=(to_read, to_write), stderr=subprocess.DEVNULL
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self.input, self.output = os.fdopen(write, "wb"), os.fdopen(read, "rb")
+        self.number, self.session, self.rest, self.events = 0, None, b"", []
+        targets = self.call("Target.getTargets")["targetInfos"]
+        page = next(each for each in targets if each["type"] == "page")
+        self.session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)[
+            "sessionId"
+        ]
+
+    def call(self, method, **parameters):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        self.input.write(json.dumps(message).encode() + b"\0")
+        self.input.flush()
+        while (answer := self.read()).get("id") != self.number:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def read(self):
+        while b"\0" not in self.rest:
+            chunk = os.read(self.output.fileno(), 2**16)
+            assert chunk, "the browser ended"
+            self.rest += chunk
+        message, self.rest = self.rest.split(b"\0", 1)
+        return json.loads(message)
+
+    def wait_for(self, method):
+        while not any(each.get("method") == method for each in self.events):
+            self.events.append(self.read())
+        self.events = [each for each in self.events if each.get("method") != method]
+
+    def evaluate(self, expression):
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)[
+            "result"
+        ].get("value")
+
+    def press(self, key):
+        text = {"text": key} if len(key) == 1 else {}
+        code = {" ": 32, "ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "ArrowUp": 38}
+        code = {"windowsVirtualKeyCode": code.get(key, ord(key[0].upper()))}
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text, **code)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, **code)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_the_review_page_in_a_browser(tmp_path):
+    labels = torch.tensor([0] * 20 + [1] * 5 + [2] * 5)
+    name = "</script><b>&amp;"
+    dataset = replace(
+        make_dataset(), name=name, images=make_images(labels), labels=labels, true_labels=None
+    )
+    corrections = [Correction(i, 0, 1, 0.9, accept=True) for i in range(4)]
+    corrections += [Correction(i, 2, 0, 0.6, accept=False) for i in range(25, 28)]
+    page = tmp_path / "label_review.html"
+    file = "label_corrections.csv"
+    page.write_text(label_errors.render_review(dataset, corrections, file), encoding="utf-8")
+
+    browser = Browser(tmp_path)
+    try:
+        browser.call("Page.enable")
+        browser.call("Runtime.enable")
+        browser.call("Page.navigate", url=page.as_uri())
+        browser.wait_for("Page.loadEventFired")
+        assert name in browser.evaluate("document.title")
+        assert browser.evaluate("document.querySelectorAll('b').length") == 0
+        counts = "document.getElementById('counts').textContent"
+        assert browser.evaluate(counts) == "accepted: cat 0 of 3, truck 0 of 0, car 4 of 4"
+        assert browser.evaluate("[...document.images].every(i => i.naturalWidth == 32)")
+        focused = "document.activeElement.dataset.index"
+
+        # The cats come first: accept 25 and move on, reject 26 and move on, change 27.
+        browser.evaluate("document.querySelector('.tile').focus()")
+        for key in "yn ":
+            browser.press(key)
+        assert browser.evaluate(focused) == "27"
+        assert browser.evaluate(counts) == "accepted: cat 2 of 3, truck 0 of 0, car 4 of 4"
+        browser.press("ArrowDown")
+        assert browser.evaluate(focused) == "2"
+        browser.press("ArrowLeft")
+        browser.press("n")
+        browser.evaluate("document.querySelector('[data-index=\"0\"]').click()")
+        assert browser.evaluate(counts) == "accepted: cat 2 of 3, truck 0 of 0, car 2 of 4"
+        assert browser.evaluate("document.querySelectorAll('.tile[tabindex=\"0\"]').length") == 1
+
+        browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        browser.evaluate("document.getElementById('save').click()")
+        browser.wait_for("Page.downloadWillBegin")
+        while "completed" not in json.dumps(browser.events):
+            browser.events.append(browser.read())
+        errors = [
+            each for each in browser.events if each.get("method") == "Runtime.exceptionThrown"
+        ]
+        assert not errors
+    finally:
+        browser.process.kill()
+        browser.process.wait()
+    saved = {each.index: each.accept for each in read_corrections(tmp_path / file, dataset)}
+    assert saved == {0: False, 1: False, 2: True, 3: True, 25: True, 26: False, 27: True}
+    assert (tmp_path / file).read_text() == format_corrections(
+        dataset, [replace(each, accept=saved[each.index]) for each in corrections]
+    )
+
+
+def test_the_review_page_is_one_file_that_needs_no_network():
+    page = (cli.PROJECT / "label_review.html").read_text()
+    assert "http" not in page
+    assert 'src="data:' in page

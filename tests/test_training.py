@@ -1,254 +1,575 @@
+import csv
 import json
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import training
+from common import metrics
+from common.cli import PROJECT, UserError
+from common.data import Correction, format_corrections, to_float
+from common.model import build_model, load_checkpoint, predict_logits, save_checkpoint
+from common.recipes import NAIVE, RECIPES, REPORT_RECIPES, TUNED
+from common.train import IGNORE_INDEX, train
 
 import numpy as np
 import pytest
 import torch
-from conftest import COURSE_DATA, needs_course_data
-
-import training
-from common import console
-from common.dataset import Dataset, open_source
-from common.label_fixes import LabelFix, format_fixes
-from common.network import load_checkpoint, load_training, predict_logits, with_pixel_range
-from common.results import Results
-from common.trainer import Recipe, Trainer
-from training import FINAL, NAIVE, PRE_TRAINED, RECIPES, REPORT_RECIPES
+from conftest import COURSE_DATA, make_dataset, needs_course_data
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    recall_score,
+)
 
 CPU = torch.device("cpu")
-QUICK = replace(NAIVE, name="quick", epochs=3, batch_size=16)
+CLASSES = ["car", "truck", "cat"]
 
 
-def run_once(recipe: Recipe, seed: int, train: Dataset, dev: Dataset) -> training.Run:
-    return training.train_and_evaluate(Trainer(recipe, train, seed, CPU), dev)
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """Run jobs here, where tests can watch them; starting other processes takes seconds."""
+    monkeypatch.setattr("common.train._core_count", lambda: 1)
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.joblib, "cpu_count", lambda: 1)  # as in runs outside train_all
-    arguments = Namespace(quick=False, out=tmp_path / "out")
-    return Results(arguments, {"source": "tiny", "parts": {}})
+def small_batches(monkeypatch):
+    """Let two recipes learn something from 60 images in a few epochs."""
+    for name in ("naive", "strict-sampler"):
+        monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], batch_size=16))
 
 
-def test_recipes_are_frozen_and_each_is_an_earlier_one_with_little_changed():
-    with pytest.raises(FrozenInstanceError):
-        NAIVE.epochs = 1
-    assert {recipe.name for recipe in RECIPES.values()} == set(RECIPES)
-    recipes = [asdict(recipe) for recipe in (*REPORT_RECIPES.values(), PRE_TRAINED)]
-    for number, recipe in enumerate(recipes[1:], start=1):
-        changes = [
-            {key for key in recipe if recipe[key] != earlier[key]} for earlier in recipes[:number]
-        ]
-        assert min(len(change - {"name"}) for change in changes) <= 3
-        assert all(change for change in changes)
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Save the second that a figure takes."""
+    monkeypatch.setattr(training.Results, "save_figure", lambda self, name, figure: None)
 
 
-def test_a_run_is_the_same_alone_and_among_others(train, dev, results):
-    recipes = [QUICK, replace(QUICK, name="strict", sampler="strict")]
-    together = list(training.train_all(recipes, [0, 1], results, train, dev, CPU))
-    for run in together:
-        alone = run_once(run.recipe, run.seed, train, dev)
-        assert alone.scores == run.scores
-        for now, then in zip(alone.history, run.history, strict=True):
-            assert now | {"seconds": 0} == then | {"seconds": 0}
-    assert [(run.recipe.name, run.seed) for run in together] == [
-        ("quick", 0),
-        ("quick", 1),
-        ("strict", 0),
-        ("strict", 1),
-    ]
-    names = {path.name for path in results.folder.iterdir()}
-    assert names == {"quick.ckpt", "quick-seed1.ckpt", "strict.ckpt", "strict-seed1.ckpt"}
+@pytest.fixture
+def run_training(run_script, course_folder):
+    """Return a function that runs training.py on the course's files, into the folder `out`."""
+
+    def run(*options):
+        return run_script(training, "--data", course_folder, "--out", "out", *options)
+
+    return run
 
 
-def test_a_stopped_run_leaves_its_last_epoch_and_ends_the_same_when_resumed(
-    train, dev, results, monkeypatch
+def numbers_of(step="training", folder="out"):
+    return json.loads(Path(folder, f"{step}.json").read_text())
+
+
+def read_predictions(name):
+    with Path("out", f"predictions-{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scores_of(labels, predicted):
+    """Return what scikit-learn says."""
+    recall = recall_score(labels, predicted, average=None, zero_division=0)
+    return {
+        "accuracy": accuracy_score(labels, predicted),
+        "balanced_accuracy": balanced_accuracy_score(labels, predicted),
+        "g_mean": np.prod(recall) ** (1 / 3),
+        "recall": pytest.approx(dict(zip(CLASSES, recall, strict=True))),
+        "confusion": confusion_matrix(labels, predicted).tolist(),
+    }
+
+
+def assert_scores(found, labels, predicted):
+    for name, value in scores_of(labels, predicted).items():
+        expected = pytest.approx(value) if isinstance(value, float) else value
+        assert found[name] == expected, name
+
+
+# ---- one recipe and several -------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_model_a_figure_predictions_and_their_scores(
+    run_training, dev, small_batches
 ):
-    whole = run_once(QUICK, 0, train, dev)
-    original, epochs = Trainer.run_epoch, []
+    status, printed, error = run_training("--recipe", "naive", "--epochs", 6, "--seed", 3)
+    assert (status, error) == (0, "")
+    assert {path.name for path in Path("out").iterdir()} == {
+        "naive.ckpt",
+        "predictions-naive.csv",
+        "training-naive.png",
+        "training.json",
+    }
+    assert "predictions-naive.csv, training.json" in printed
+    found = numbers_of()["recipes"]
+    assert list(found) == ["naive"]
+    found = found["naive"]
+    (run,) = found["runs"]
+    assert set(found) >= {"accuracy", "balanced_accuracy", "g_mean", "recall", "interval"}
+    assert set(found["spread"]) == {*metrics.SCORE_TITLES, "recall", "precision"}
+    assert set(found["spread"]["recall"].values()) == {found["spread"]["g_mean"]} == {0.0}
+    assert found["report"] == {"accuracy": 0.904, "balanced_accuracy": 0.55, "g_mean": 0.47}
+    assert found["comparison"] is None
+    assert (run["seed"], run["accuracy"]) == (3, found["accuracy"])
+    curves = run["curves"]
+    assert {len(curve) for curve in curves.values()} == {6}
+    assert curves["loss"][-1] < 0.9 * curves["loss"][0]
+    assert [curves[score][-1] for score in metrics.SCORE_TITLES] == [
+        run[score] for score in metrics.SCORE_TITLES
+    ]
+    assert curves["recall"][-1] == list(run["recall"].values())
 
-    def stop_in_the_third_epoch(trainer):
-        epochs.append(1)
-        if len(epochs) == 3:
-            raise KeyboardInterrupt
-        return original(trainer)
+    rows = read_predictions("naive")
+    assert [int(row["index"]) for row in rows] == list(range(len(dev)))
+    labels, predicted = ([row[column] for row in rows] for column in ("label", "predicted"))
+    assert labels == [CLASSES[label] for label in dev.labels]
+    predicted = [CLASSES.index(name) for name in predicted]
+    assert len(set(predicted)) > 1
+    assert_scores(run, dev.labels, predicted)
+    expected = metrics.evaluate(dev.labels, predicted, seed=3)
+    assert found["interval"] == expected["interval"]
 
-    monkeypatch.setattr(Trainer, "run_epoch", stop_in_the_third_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        list(training.train_all([QUICK], [0], results, train, dev, CPU))
-    unfinished = results.folder / "quick.unfinished.ckpt"
-    assert load_training(unfinished)[2]["epoch"] == 2
-    with pytest.raises(console.UserError, match="of another run, with another recipe"):
-        list(
-            training.train_all(
-                [replace(QUICK, epochs=9)], [0], results, train, dev, CPU, resume=True
-            )
-        )
-    (resumed,) = training.train_all([QUICK], [0], results, train, dev, CPU, resume=True)
-    assert len(epochs) == 4  # only the one that was missing
-    assert resumed.scores == whole.scores
-    assert resumed.curves["loss"] == whole.curves["loss"]
-    assert not unfinished.exists()
-    weights = load_checkpoint(results.folder / "quick.ckpt")[0].state_dict()
-    for name, weight in whole.net.state_dict().items():
-        assert torch.equal(weights[name], weight)
-    (again,) = training.train_all([QUICK], [0], results, train, dev, CPU, resume=True)
-    assert len(epochs) == 4  # none at all: it was finished
-    assert again.scores == whole.scores
+    model, metadata = load_checkpoint(Path("out/naive.ckpt"))
+    probabilities = predict_logits(model, dev.images).softmax(dim=1)
+    for row, expected in zip(rows, probabilities.tolist(), strict=True):
+        assert [float(row[name]) for name in CLASSES] == pytest.approx(expected, abs=2e-6)
+    assert metadata["recipe"] == found["recipe"] == asdict(replace(RECIPES["naive"], epochs=6))
+    assert (metadata["seed"], metadata["device"]) == (3, "cpu")
+    assert metadata["trained_on"]["name"] == "course"
+    assert metadata["trained_on"]["class_counts"] == {"car": 40, "truck": 12, "cat": 8}
+
+
+def test_seeds_give_means_and_spread_and_recipes_are_compared_on_the_same_images(
+    run_training, dev, small_batches
+):
+    options = ("--recipe", "strict-sampler,naive,naive", "--epochs", 6, "--seed", "0,1")
+    status, printed, _ = run_training(*options)
+    assert status == 0
+    names = {path.stem for path in Path("out").iterdir()}
+    assert names >= {"naive", "naive-seed1", "predictions-naive-seed1", "training-recipes"}
+    found = numbers_of()["recipes"]
+    assert list(found) == ["strict-sampler", "naive"]
+    for summary in found.values():
+        runs = summary["runs"]
+        assert [run["seed"] for run in runs] == [0, 1]
+        for score in metrics.SCORE_TITLES:
+            scores = [run[score] for run in runs]
+            assert summary[score] == pytest.approx(np.mean(scores))
+            assert summary["spread"][score] == pytest.approx(np.std(scores, ddof=1))
+        recalls = [run["recall"]["truck"] for run in runs]
+        assert summary["recall"]["truck"] == pytest.approx(np.mean(recalls))
+        assert summary["interval"] == runs[0]["interval"]
+    predicted, baseline = (
+        [
+            [CLASSES.index(row["predicted"]) for row in read_predictions(name + suffix)]
+            for suffix in ("", "-seed1")
+        ]
+        for name in ("strict-sampler", "naive")
+    )
+    comparison = found["strict-sampler"]["comparison"]
+    assert comparison["with"] == "naive"
+    for score in metrics.SCORE_TITLES:
+        expected = metrics.compare(dev.labels, predicted, baseline, score)
+        assert {key: comparison[score][key] for key in expected} == expected
+        difference = found["strict-sampler"][score] - found["naive"][score]
+        assert comparison[score]["difference"] == pytest.approx(difference)
+    assert f"strict-sampler against naive, G-mean: {comparison['g_mean']['text']}" in printed
+    assert "±" in printed
+
+
+def test_a_run_is_the_same_alone_and_among_others(run_training, small_batches, no_figures):
+    numbers = []
+    for seeds in ("0,1", "1"):
+        options = ("--recipe", "naive", "--epochs", 2, "--seed", seeds)
+        assert run_training(*options)[0] == 0
+        numbers.append(numbers_of()["recipes"]["naive"]["runs"][-1] | {"seconds": 0})
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        ("magic", "--recipe magic: not one of naive, weight-decay, "),
+        ("naive,", "--recipe : not one of"),
+        ("naive,all", "--recipe all: not one of"),
+    ],
+)
+def test_an_unknown_recipe_is_answered_with_the_known_ones(run_training, recipes, message):
+    status, _, error = run_training("--recipe", recipes)
+    assert status == 2
+    assert error.startswith(f"error: {message}")
+    assert not Path("out").exists()
+
+
+def test_recipes_that_no_option_names():
+    def chosen(*options):
+        defaults = {"settings": None, "recipe": None, "epochs": None, "quick": False}
+        return training.choose_recipes(Namespace(**defaults | dict(options)))
+
+    assert chosen() == [RECIPES["final"]]
+    assert chosen(("recipe", "all")) == [*REPORT_RECIPES.values(), TUNED]
+    assert chosen(("recipe", "best"), ("epochs", 3)) == [replace(RECIPES["best"], epochs=3)]
+    (quick,) = chosen(("recipe", "best"), ("quick", True))
+    assert (quick.epochs, quick.label_filter.epochs) == (2, 2)
+
+
+def test_each_baseline_is_a_recipe_that_differs_little():
+    for name, baseline in training.BASELINES.items():
+        ours, theirs = asdict(RECIPES[name]), asdict(RECIPES[baseline])
+        assert any(ours[key] != theirs[key] for key in ours if key != "name")
+    report = [asdict(recipe) for recipe in REPORT_RECIPES.values()]
+    for number, recipe in enumerate(report[1:], start=1):
+        changes = [sum(recipe[key] != other[key] for key in recipe) for other in report[:number]]
+        assert 2 <= min(changes) <= 4  # the name, and one to three settings
+
+
+@pytest.mark.slow
+def test_all_recipes_run(run_training):
+    assert run_training("--recipe", "all", "--quick", "--seed", "0,1")[0] == 0
+    assert list(numbers_of()["recipes"]) == [*REPORT_RECIPES, "tuned"]
+    assert Path("out/final-seed1.ckpt").exists()
+    assert run_training("--recipe", "best,robust,pre_trained", "--quick")[0] == 0
+    assert numbers_of()["recipes"]["robust"]["recipe"]["epochs"] == 2
+
+
+# ---- figures ----------------------------------------------------------------------------------
+
+
+def summary_of(runs, dev):
+    return training.summarize(runs, dev, [])
+
+
+def fake_run(recipe, seed, dev, wrong):
+    """Return a run that has the first `wrong` images of dev wrong."""
+    generator = np.random.default_rng(seed)
+    predicted = dev.labels.clone()
+    predicted[:wrong] = (predicted[:wrong] + 1) % 3
+    logits = torch.nn.functional.one_hot(predicted, 3).float()
+    names = ("loss", *metrics.SCORE_TITLES)
+    history = [
+        {**{name: generator.random() for name in names}, "recall": generator.random(3).tolist()}
+        for _ in range(recipe.epochs)
+    ]
+    return training.Trained(recipe, seed, 1.0, logits, history)
+
+
+def test_curves_show_the_mean_over_seeds_and_where_augmentation_starts(dev):
+    recipe = replace(NAIVE, epochs=4, augment_from=1)
+    runs = [fake_run(recipe, seed, dev, wrong=5) for seed in (0, 1)]
+    figure = training.draw_curves(summary_of(runs, dev))
+
+    def mean_of(name, column=...):
+        histories = np.array([[epoch[name] for epoch in run.history] for run in runs])
+        return histories[:, :, column].mean(axis=0).ravel()
+
+    lines = {line.get_label(): line for ax in figure.axes for line in ax.lines}
+    for label, expected in {
+        "training loss": mean_of("loss"),
+        "accuracy": mean_of("accuracy"),
+        "G-mean": mean_of("g_mean"),
+        "car": mean_of("recall", 0),
+        "cat": mean_of("recall", 2),
+    }.items():
+        assert lines[label].get_xdata() == pytest.approx([1, 2, 3, 4])
+        assert lines[label].get_ydata() == pytest.approx(expected)
+    assert lines["augmentation on"].get_xdata() == [1.5, 1.5]  # between epochs 1 and 2
+    assert "2 seeds" in figure.get_suptitle()
+
+
+def test_comparison_shows_each_seed_the_interval_and_the_reports_score(dev):
+    recipe = replace(NAIVE, epochs=1)
+    runs = [fake_run(recipe, seed, dev, wrong) for seed, wrong in ((0, 5), (1, 10))]
+    summary = summary_of(runs, dev)
+    ax = training.draw_comparison({"naive": summary}).axes[0]
+    interval, ours, theirs = ax.lines[:3]
+    assert interval.get_xdata().tolist() == summary["interval"]["accuracy"]
+    assert ours.get_xdata() == pytest.approx([55 / 60, 50 / 60])
+    assert theirs.get_xdata().tolist() == [0.904]
+
+
+# ---- going on ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Interrupt the first run after its second epoch, and count the epochs of all runs."""
+    epochs = []
+
+    def train_until_interrupted(recipe, dataset, seed, device, after_epoch, state):
+        def after(run, losses):
+            after_epoch(run, losses)
+            epochs.append(run.epoch)
+            if len(epochs) == 2:
+                raise KeyboardInterrupt
+
+        return train(recipe, dataset, seed, device, after, state)
+
+    monkeypatch.setattr(training, "train", train_until_interrupted)
+    return epochs
+
+
+def without_times(numbers):
+    for recipe in numbers["recipes"].values():
+        for run in recipe["runs"]:
+            del run["seconds"]
+    return numbers["recipes"]
+
+
+def test_a_resumed_run_ends_with_the_numbers_of_one_that_was_never_stopped(
+    run_training, run_script, course_folder, interrupted, no_figures
+):
+    options = ("--recipe", "transforms", "--epochs", 4, "--seed", "0,1")
+    status, _, error = run_training(*options)
+    assert status == 130
+    assert "the same command with --resume goes on from here" in error
+    assert [path.name for path in Path("out").iterdir()] == ["transforms.unfinished.ckpt"]
+    assert run_training(*options, "--resume")[0] == 0
+    assert interrupted == [1, 2, 3, 4, 1, 2, 3, 4]
+    assert not list(Path("out").glob("*unfinished*"))
+    resumed = without_times(numbers_of())
+
+    whole = ("--data", course_folder, "--out", "whole", *options)
+    assert run_script(training, *whole)[0] == 0
+    assert without_times(numbers_of(folder="whole")) == resumed
+    for name in ("transforms", "transforms-seed1"):
+        models = [load_checkpoint(Path(folder, f"{name}.ckpt"))[0] for folder in ("out", "whole")]
+        weights = [list(model.parameters()) for model in models]
+        assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+    del interrupted[:]
+    assert run_training(*options, "--resume")[0] == 0  # all is done
+    assert interrupted == []
+    assert without_times(numbers_of()) == resumed
+
+
+def test_resuming_with_other_settings_is_refused_and_changes_nothing(run_training, no_figures):
+    assert run_training("--recipe", "naive", "--epochs", 1)[0] == 0
+    before = Path("out/naive.ckpt").read_bytes()
+    status, _, error = run_training("--recipe", "naive", "--epochs", 2, "--resume")
+    assert status == 2
+    assert error.startswith("error: out/naive.ckpt: is of a run with another recipe; ")
+    assert error.count("\n") == 1
+    assert Path("out/naive.ckpt").read_bytes() == before
+    torch.save({"model_state_dict": build_model().state_dict()}, "out/naive.ckpt")
+    status, _, error = run_training("--recipe", "naive", "--epochs", 1, "--resume")
+    assert status == 2
+    assert "is of a run with another recipe and seed and device and trained_on" in error
+
+
+def test_labels_are_filtered_once_and_a_resumed_run_keeps_them(
+    run_training, monkeypatch, interrupted, no_figures
+):
+    filtered, seen = [], []
+    stopping_train = training.train
+
+    def drop_a_third(recipe, dataset, seed, device):
+        filtered.append((recipe.name, recipe.epochs, seed))
+        keep = torch.arange(len(dataset)) % 3 > 0
+        return replace(dataset, labels=dataset.labels.where(keep, IGNORE_INDEX))
+
+    def watch(recipe, dataset, *rest):
+        seen.append(int((dataset.labels == IGNORE_INDEX).sum()))
+        return stopping_train(recipe, dataset, *rest)
+
+    recipe = replace(NAIVE, name="best", label_filter=RECIPES["best"].label_filter)
+    monkeypatch.setitem(RECIPES, "best", recipe)
+    monkeypatch.setattr(training, "filter_labels", drop_a_third)
+    monkeypatch.setattr(training, "train", watch)
+    options = ("--recipe", "best", "--epochs", 3, "--seed", 5)
+    assert run_training(*options)[0] == 130
+    assert run_training(*options, "--resume")[0] == 0
+    assert filtered == [("label-filter", TUNED.epochs, 5)]
+    assert seen == [20, 20]
+    assert run_training(*options, "--resume")[0] == 0
+    assert (len(filtered), len(seen)) == (1, 2)
 
 
 @pytest.mark.slow
 def test_runs_killed_at_any_moment_end_with_the_numbers_of_whole_ones(course_folder, tmp_path):
-    command = [sys.executable, console.PROJECT / "training.py", "--data", course_folder]
-    command += ["--recipe", "weighted-sampler", "--epochs", "150", "--seed", "0,1"]
-    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
-    stopped, moments = tmp_path / "stopped", np.random.default_rng(0)
-    for _ in range(10):
-        process = subprocess.Popen([*command, "--out", stopped, "--resume"])
-        time.sleep(moments.uniform(2, 6))
+    command = [sys.executable, PROJECT / "training.py", "--data", course_folder]
+    command += ["--recipe", "weighted-sampler", "--epochs", "60", "--seed", "0,1"]
+    start = time.monotonic()
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    subprocess.run([*command, "--out", whole], check=True, capture_output=True)
+    duration, moments = time.monotonic() - start, np.random.default_rng(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [*command, "--out", stopped, "--resume"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(moments.uniform(0.4, 0.9) * duration)
         process.kill()
         process.wait()
         for path in stopped.glob("[!.]*.ckpt"):
             load_checkpoint(path)
     subprocess.run([*command, "--out", stopped, "--resume"], check=True, capture_output=True)
-    for name in ("weighted-sampler", "weighted-sampler-seed1"):
-        nets = [load_checkpoint(tmp_path / out / f"{name}.ckpt")[0] for out in ("whole", "stopped")]
-        weights = [net.state_dict() for net in nets]
-        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert {path.name for path in stopped.iterdir()} == {path.name for path in whole.iterdir()}
+    numbers = [without_times(numbers_of(folder=folder)) for folder in (whole, stopped)]
+    assert numbers[0] == numbers[1]
 
 
-def test_label_fixes_are_trained_on_and_those_of_other_data_refused(
-    run_script, course_folder, tmp_path, train
+# ---- settings and labels ----------------------------------------------------------------------
+
+
+def test_settings_that_were_found_are_trained_as_a_recipe(run_training, no_figures):
+    settings = {"learning_rate": 0.02, "batch_size": 32, "color_jitter": 0, "cutout": 4}
+    Path("tuning.json").write_text(json.dumps({"best": {"settings": settings, "g_mean": 0.9}}))
+    assert run_training("--settings", "tuning.json", "--epochs", 1)[0] == 0
+    (recipe,) = (found["recipe"] for found in numbers_of()["recipes"].values())
+    assert recipe == asdict(replace(TUNED, name="found", epochs=1, **settings))
+    assert load_checkpoint(Path("out/found.ckpt"))[1]["recipe"] == recipe
+
+
+def best(**settings):
+    return json.dumps({"best": {"settings": settings}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no settings found by tuning.py"),
+        ("[]", "has no settings"),
+        ("null", "has no settings"),
+        ('{"best": []}', "has no settings"),
+        ('{"best": {"settings": [1]}}', "has no settings"),
+        ('{"best": {"settings": null}}', "has no settings"),
+        ("[" * 100_000, "has no settings"),
+        ('{"best": ' * 50_000, "has no settings"),
+        ("\udcff", "has no settings"),
+        (f'{{"best": {{"settings": {{"cutout": {"9" * 5000}}}}}}}', "has no settings"),
+        (best(learning_rate=float("nan")), "'learning_rate' is nan"),
+        (best(learning_rate=float("inf")), "'learning_rate' is inf"),
+        (best(learning_rate=0), "'learning_rate' is 0"),
+        (best(learning_rate="0.1"), "'learning_rate' is '0.1'"),
+        (best(batch_size=0), "'batch_size' is 0"),
+        (best(batch_size=64.0), "'batch_size' is 64.0"),
+        (best(batch_size=True), "'batch_size' is True"),
+        (best(cutout=10**18), "'cutout' is a very large int"),
+        (best(cutout=[4]), "'cutout' is of type list"),
+        (best(epochs=10), "'epochs' is 10"),
+        (best(**{"\x1b[2J" * 10**6: 1}), "[2J"),
+        (best(color_jitter="x" * 10**6), "'color_jitter' is 'xxx"),
+    ],
+    ids=range(22),
+)
+def test_settings_that_can_not_be_are_refused_in_one_short_line(text, message, tmp_path):
+    path = tmp_path / "tuning.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError) as refusal:
+        training.read_settings(path)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert message in str(refusal.value)
+    assert str(refusal.value).isprintable()
+    assert len(str(refusal.value)) < len(str(path)) + 200
+
+
+def test_a_settings_file_that_is_missing_is_named(run_training):
+    status, _, error = run_training("--settings", "none.json")
+    assert (status, error) == (2, "error: none.json: No such file or directory\n")
+
+
+def test_corrected_labels_are_trained_on_and_those_of_other_data_refused(
+    run_training, train, no_figures
 ):
-    index = int(torch.nonzero(train.labels == 2)[0])
-    path = tmp_path / "fixes.csv"
-    path.write_text(format_fixes(train, [LabelFix(index, 2, 0, 0.9)]))
-    options = ("--data", course_folder, "--out", "out", "--epochs", 1, "--label-fixes", path)
-    assert run_script(training, *options)[0] == 0
-    about = load_checkpoint(tmp_path / "out/final.ckpt")[1]
-    assert about["trained_on"]["class_counts"] == {"car": 41, "truck": 12, "cat": 7}
-    path.write_text(path.read_text().replace(train.fingerprint, "0123456789ab"))
-    status, _, error = run_script(training, *options)
-    assert status == 2
-    assert "fingerprint 0123456789ab; the data here is course, train" in error
-
-
-def test_label_fixes_that_leave_a_class_empty_are_refused(tmp_path, train):
     cats = torch.nonzero(train.labels == 2).flatten().tolist()
-    path = tmp_path / "fixes.csv"
-    path.write_text(format_fixes(train, [LabelFix(index, 2, 0, 0.9) for index in cats]))
-    with pytest.raises(console.UserError, match="leaves no cat to learn from"):
-        training.mend_labels(train, path)
-
-
-def test_a_net_of_other_labels_is_neither_taken_nor_overwritten(
-    run_script, course_folder, tmp_path, train
-):
-    index = int(torch.nonzero(train.labels == 2)[0])
-    fixes = tmp_path / "fixes.csv"
-    fixes.write_text(format_fixes(train, [LabelFix(index, 2, 0, 0.9)]))
-    options = ("--data", course_folder, "--out", "out")
-    assert run_script(training, *options, "--epochs", 1, "--label-fixes", fixes)[0] == 0
-    before = (tmp_path / "out/final.ckpt").read_bytes()
-    status, _, error = run_script(training, *options, "--show-mismatch")
+    corrections = [
+        Correction(cats[0], 2, 0, 0.9),
+        Correction(cats[1], 2, 1, 0.8, accept=False),
+    ]
+    Path("fixes.csv").write_text(format_corrections(train, corrections))
+    options = ("--recipe", "naive", "--epochs", 1, "--labels", "fixes.csv")
+    assert run_training(*options)[0] == 0
+    metadata = load_checkpoint(Path("out/naive.ckpt"))[1]
+    assert metadata["trained_on"]["class_counts"] == {"car": 41, "truck": 12, "cat": 7}
+    assert metadata["trained_on"] == {"name": "course", **numbers_of()["data"]["splits"]["train"]}
+    other = make_dataset("dev")
+    Path("fixes.csv").write_text(format_corrections(other, corrections))
+    status, _, error = run_training(*options)
     assert status == 2
-    assert "is a net of other pictures or labels" in error
-    assert (tmp_path / "out/final.ckpt").read_bytes() == before
+    assert error.count("\n") == 1
 
 
-def test_summary_has_means_and_spread_over_seeds(train, dev):
-    runs = [run_once(QUICK, seed, train, dev) for seed in (0, 1, 2)]
-    summary = training.summarise(runs)
-    scores = [run.scores["accuracy"] for run in runs]
-    assert summary["accuracy"] == pytest.approx(np.mean(scores))
-    assert summary["spread"]["accuracy"] == pytest.approx(np.std(scores, ddof=1))
-    assert summary["recall"]["cat"] == pytest.approx(
-        np.mean([run.scores["recall"]["cat"] for run in runs])
-    )
-    assert len(summary["runs"][0]["curves"]["recall"]) == QUICK.epochs
+# ---- step 3g ----------------------------------------------------------------------------------
 
 
-def test_script_trains_and_its_checkpoint_gives_the_json_files_numbers(
-    run_script, course_folder, tmp_path, dev
-):
-    options = ("--data", course_folder, "--out", "out", "--epochs", 2)
-    status, printed, _ = run_script(training, *options, "--recipe", "naive")
+@pytest.fixture
+def trained_model(train):
+    return training.train(replace(NAIVE, epochs=10, batch_size=16), train, 0, CPU)
+
+
+def by_hand(model, dev, wrong):
+    """Return the classes that layers trained on [-1, 1] predict of pixels in it, or in [0, 1]."""
+    pixels = to_float(dev.images)
+    with torch.no_grad():
+        return model.logits(pixels if wrong else 2 * pixels - 1).argmax(dim=1)
+
+
+def test_mismatch_evaluates_one_model_in_two_ranges(run_training, trained_model, dev):
+    status, _, error = run_training("--show-mismatch")
+    assert status == 2
+    assert "final.ckpt: not there; run training.py --recipe final first" in error
+    metadata = {"recipe": asdict(NAIVE), "seed": 0, "trained_on": {"name": "tiny"}}
+    save_checkpoint(Path("out/final.ckpt"), trained_model, metadata)
+    status, printed, _ = run_training("--show-mismatch")
     assert status == 0
-    assert "report" in printed
-    numbers = json.loads((tmp_path / "out/training.json").read_text())["recipes"]["naive"]
-    net, about = load_checkpoint(tmp_path / "out/naive.ckpt")
-    assert training.evaluate(net, dev)["accuracy"] == numbers["accuracy"]
-    assert numbers["recipe"]["epochs"] == about["recipe"]["epochs"] == 2
-    assert numbers["report"]["accuracy"] == 0.904
-    assert about["trained_on"]["source"] == "course"
-    assert (tmp_path / "out/training-naive.png").exists()
+    assert "out/final.ckpt, recipe naive, 30 epochs, seed 0, trained on tiny" in printed
+    found = numbers_of("mismatch")
+    right, wrong = (by_hand(trained_model, dev, wrong) for wrong in (False, True))
+    assert not torch.equal(right, wrong)
+    assert_scores(found["right_range"], dev.labels, right)
+    assert_scores(found["wrong_range"], dev.labels, wrong)
+    expected = metrics.compare(dev.labels, wrong, right)
+    assert {key: found["comparison"][key] for key in expected} == expected
+    assert found["comparison"]["text"] in printed
+    assert found["checkpoint"] == {"file": "final.ckpt", **metadata}
+    rows = [line.split() for line in printed.splitlines() if line.startswith("pixels in")]
+    assert [row[2:4] for row in rows] == [["[-1,", "1]"], ["[0,", "1]"]]
+
+
+def test_mismatch_of_a_bare_checkpoint_is_seen_from_the_range_that_is_named(
+    run_training, trained_model, dev
+):
+    torch.save({"model_state_dict": trained_model.state_dict()}, "bare.ckpt")
+    options = ("--show-mismatch", "--checkpoint", "bare.ckpt", "--pixel-range", "0,1")
+    assert run_training(*options)[0] == 0
+    found = numbers_of("mismatch")
+    assert_scores(found["right_range"], dev.labels, by_hand(trained_model, dev, wrong=True))
+    assert_scores(found["wrong_range"], dev.labels, by_hand(trained_model, dev, wrong=False))
+
+
+# ---- options ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--checkpoint", "a.ckpt"), "--checkpoint and --pixel-range go with --show-mismatch"),
+        (("--pixel-range", "0,1"), "--checkpoint and --pixel-range go with --show-mismatch"),
+        (("--show-mismatch", "--recipe", "naive"), "--show-mismatch trains nothing"),
+        (("--show-mismatch", "--epochs", "3"), "--show-mismatch trains nothing"),
+        (("--show-mismatch", "--labels", "a.csv"), "--show-mismatch trains nothing"),
+        (("--show-mismatch", "--resume"), "--show-mismatch trains nothing"),
+        (("--recipe", "naive", "--settings", "a.json"), "--settings is a recipe of its own"),
+        (("--epochs", "0"), "0 is not a whole number of at least 1"),
+    ],
+)
+def test_options_that_do_not_go_together_end_with_one_line(run_training, options, message):
+    status, printed, error = run_training(*options)
+    assert (status, printed) == (2, "")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+# ---- the report's lesson ----------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_script_trains_all_recipes_with_several_seeds(run_script, course_folder, tmp_path):
-    options = ("--data", course_folder, "--out", "out", "--quick", "--seed", "0,1")
-    assert run_script(training, *options, "--recipe", "all")[0] == 0
-    numbers = json.loads((tmp_path / "out/training.json").read_text())["recipes"]
-    assert list(numbers) == [*REPORT_RECIPES, "tuned"]
-    assert (tmp_path / "out/training-recipes.png").exists()
-    assert (tmp_path / "out/final-seed1.ckpt").exists()
-
-
-def test_mismatch_shows_two_ranges_of_one_net(run_script, course_folder, tmp_path, dev):
-    options = ("--data", course_folder, "--out", "out", "--quick")
-    status, printed, _ = run_script(training, *options, "--show-mismatch")
-    assert status == 0
-    assert "training recipe final" in printed
-    numbers = json.loads((tmp_path / "out/mismatch.json").read_text())
-    net, about = load_checkpoint(tmp_path / "out/final.ckpt")
-    other = with_pixel_range(net, (0.0, 1.0))
-    for which, fed in (("right_range", net), ("wrong_range", other)):
-        logits = predict_logits(fed, dev.pictures)
-        scores = training.evaluate(fed, dev)
-        assert numbers[which]["confusion"] == scores["confusion"], logits
-    assert not torch.equal(predict_logits(net, dev.pictures), predict_logits(other, dev.pictures))
-    assert numbers["checkpoint"] == json.loads(json.dumps({"file": "final.ckpt", **about}))
-    assert "training recipe final" not in run_script(training, *options, "--show-mismatch")[1]
-
-
-def test_options_that_do_not_go_together_end_with_one_line(run_script, course_folder):
-    options = ("--data", course_folder, "--quick", "--out", "out")
-    status, _, error = run_script(training, *options, "--checkpoint", "some.ckpt")
-    assert status == 2
-    assert "--checkpoint and --pixel-range go with --show-mismatch" in error
-    status, _, error = run_script(training, *options, "--show-mismatch", "--recipe", "naive")
-    assert status == 2
-    assert "--show-mismatch trains nothing" in error
-    status, _, error = run_script(training, *options, "--show-mismatch", "--pixel-range", "0,1")
-    assert status == 2
-    assert "name one by --checkpoint" in error
-
-
-def test_a_net_that_a_user_trained_is_used_and_not_overwritten(run_script, course_folder):
-    options = ("--data", course_folder, "--out", "out")
-    assert run_script(training, *options, "--epochs", 1)[0] == 0
-    assert "training recipe" not in run_script(training, *options, "--show-mismatch")[1]
-    assert load_checkpoint(Path("out/final.ckpt"))[1]["recipe"]["epochs"] == 1
-
-
-def test_comparison_figure_shows_ours_and_the_reports(train, dev):
-    run = run_once(replace(NAIVE, epochs=1), 0, train, dev)
-    figure = training.draw_comparison({"naive": training.summarise([run])})
-    points = {line.get_marker(): line.get_xdata() for line in figure.axes[0].lines[:3]}
-    assert points["D"].item() == 0.904
-    assert points["o"].item() == run.scores["accuracy"]
-
-
-@pytest.mark.slow
-def test_the_reports_lesson_shows_on_sketches(results):
-    train, dev = (open_source("sketches").load(part) for part in ("train", "dev"))
-    runs = training.train_all([NAIVE, FINAL], [0], results, train, dev, CPU)
-    naive, final = (run.scores for run in runs)
+def test_the_reports_lesson_shows_on_synthetic_images(run_script):
+    options = ("--data", "synthetic", "--recipe", "naive,final", "--out", "out")
+    assert run_script(training, *options)[0] == 0
+    naive, final = numbers_of()["recipes"].values()
     assert naive["accuracy"] > 0.9
     assert min(naive["recall"], key=naive["recall"].get) == "cat"
     assert naive["g_mean"] < naive["accuracy"] - 0.1
@@ -257,12 +578,12 @@ def test_the_reports_lesson_shows_on_sketches(results):
 
 @needs_course_data
 @pytest.mark.slow
-def test_final_recognises_all_classes_of_the_courses_pictures_and_naive_does_not(results):
-    train, dev = (open_source(str(COURSE_DATA)).load(part) for part in ("train", "dev"))
-    runs = list(training.train_all([NAIVE, FINAL], [0, 1, 2], results, train, dev, CPU))
-    g_mean = {
-        name: training.summarise(part)["g_mean"]
-        for name, part in (("naive", runs[:3]), ("final", runs[3:]))
-    }
-    assert g_mean["final"] > 0.65
-    assert g_mean["naive"] < g_mean["final"] - 0.05
+def test_final_recognizes_all_classes_of_the_courses_images_and_naive_does_not(
+    run_script, monkeypatch
+):
+    monkeypatch.undo()  # runs side by side
+    options = ("--data", COURSE_DATA, "--recipe", "naive,final", "--seed", "0,1,2", "--out", "out")
+    assert run_script(training, *options)[0] == 0
+    naive, final = numbers_of()["recipes"].values()
+    assert final["g_mean"] > 0.65
+    assert naive["g_mean"] < final["g_mean"] - 0.05

@@ -1,126 +1,387 @@
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import tuning
+from common.cli import PROJECT, UserError
+from common.data import Correction, format_corrections, open_data
+from common.recipes import TUNED
+from tuning import search, trials_of
 
 import numpy as np
+import optuna
 import pytest
+import torch
+from conftest import make_dataset, write_course_pickle
+from optuna.trial import TrialState
 
-import training
-import tuning
-from common.console import UserError
-from common.network import load_checkpoint
-from training import TUNED, read_settings
+OWN = {name: getattr(TUNED, name) for name in tuning.SPACE}
 
 
-def settings_of(study):
-    return [trial.params for trial in tuning.finished(study)]
+@pytest.fixture
+def study() -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(direction="maximize")
 
 
 def best_near_a_third(recipe):
-    return 1 - abs(recipe.balance - 1 / 3) - abs(np.log(recipe.learning_rate / 2e-3)) / 10
+    return 1 - abs(recipe.sampling_exponent - 1 / 3) - abs(np.log(recipe.learning_rate / 2e-3)) / 10
 
 
-def test_search_sets_out_from_the_recipe_and_gets_close_to_what_is_best():
-    study = tuning.search(TUNED, 60, best_near_a_third, seed=0)
-    first, *others = settings_of(study)
-    assert first == {name: getattr(TUNED, name) for name in tuning.SPACE}
-    assert all(settings != first for settings in others)
+def settings_of(study):
+    return [trial.params for trial in trials_of(study, TrialState.COMPLETE)]
+
+
+# ---- search -----------------------------------------------------------------------------------
+
+
+def test_search_starts_from_the_recipe_and_gets_close_to_what_is_best(study):
+    search(study, TUNED, 50, best_near_a_third, seed=0)
+    own, *others = settings_of(study)
+    assert own == OWN
+    assert all(settings != OWN for settings in others)
     assert study.best_value > best_near_a_third(TUNED)
-    assert abs(study.best_params["balance"] - 1 / 3) < 0.05
-    assert 1.2e-3 < study.best_params["learning_rate"] < 3.3e-3
+    assert abs(study.best_params["sampling_exponent"] - 1 / 3) < 0.1
+    assert 1e-3 < study.best_params["learning_rate"] < 4e-3
 
 
-def test_search_follows_its_seed():
-    runs = [settings_of(tuning.search(TUNED, 5, best_near_a_third, seed)) for seed in (0, 0, 1)]
-    assert runs[0] == runs[1] != runs[2]
+def test_the_recipe_lies_in_the_space():
+    for name, distribution in tuning.SPACE.items():
+        value = distribution.to_internal_repr(OWN[name])
+        assert distribution._contains(value)
 
 
-def test_search_reports_after_each_trial():
+def test_search_follows_its_seed_and_goes_on_as_if_it_had_not_stopped():
+    def run(seed, *stops):
+        study = optuna.create_study(direction="maximize")
+        for trials in stops:
+            search(study, TUNED, trials, best_near_a_third, seed)
+        return settings_of(study)
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    assert run(0, 14) == run(0, 3, 11, 14) != run(1, 14)
+
+
+def test_trials_in_the_file_count_when_a_search_is_started_again(tmp_path):
+    folder = tmp_path / "a$b_{$c? d%20"  # characters that mean something in a URL or a template
+    folder.mkdir()
+    scored = []
+
+    def score(recipe):
+        scored.append(recipe)
+        return best_near_a_third(recipe)
+
+    for trials in (2, 5, 4):
+        study = tuning.open_study(None, folder, "name")
+        search(study, TUNED, trials, score, seed=0)
+    assert len(scored) == len(settings_of(study)) == 5
+    assert [path.name for path in folder.iterdir()] == ["tuning.db"]
+    assert not tuning.open_study(None, folder, "of other data").trials
+
+
+def test_search_reports_after_each_trial(study):
     seen = []
-
-    def count(study):
-        seen.append(len(tuning.numbers_of(study, TUNED)["trials"]))
-
-    tuning.search(TUNED, 3, best_near_a_third, 0, count)
+    report = lambda: seen.append(len(tuning.numbers_of(study, TUNED)["trials"]))  # noqa: E731
+    search(study, TUNED, 3, best_near_a_third, 0, report)
     assert seen == [1, 2, 3]
 
 
-def test_check_judges_by_other_folds_than_the_search(train, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(
-        tuning, "g_mean_by_folds", lambda recipe, train, seed, device: seeds.append(seed) or 0.5
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, UserError("no memory")])
+def test_a_trial_that_is_interrupted_is_not_left_running(study, failure):
+    def score(recipe):
+        raise failure
+
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        search(study, TUNED, 3, score, 0)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+    search(study, TUNED, 2, best_near_a_third, 0)
+    assert settings_of(study)[0] == OWN  # it is tried again
+
+
+def leave_running(study, host, process):
+    trial = study.ask(tuning.SPACE)
+    trial.set_user_attr("worker", [host, process])
+    return trial.number
+
+
+def states(study):
+    return [trial.state.name for trial in study.trials]
+
+
+def test_a_trial_whose_process_was_killed_is_ended_and_its_settings_are_tried_again(study):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    study.enqueue_trial(OWN, user_attrs={"is_default": True})
+    leave_running(study, socket.gethostname(), killed.pid)
+    leave_running(study, socket.gethostname(), os.getpid())
+    leave_running(study, "another machine", killed.pid)
+    search(study, TUNED, 2, best_near_a_third, 0)
+    assert states(study) == ["FAIL", "RUNNING", "RUNNING", "COMPLETE", "COMPLETE"]
+    assert settings_of(study)[0] == OWN
+
+
+def test_a_trial_of_another_machine_is_ended_after_a_day(study, monkeypatch):
+    leave_running(study, "another machine", 1)
+    study.ask(tuning.SPACE)  # killed before it said whose it is
+    monkeypatch.setattr(tuning, "ABANDONED", timedelta(0))
+    search(study, TUNED, 1, best_near_a_third, 0)
+    assert states(study) == ["FAIL", "FAIL", "COMPLETE"]
+
+
+def test_a_trial_that_another_worker_has_ended_meanwhile_does_no_harm(study):
+    def score(recipe):
+        if len(study.trials) == 1:
+            study.tell(0, state=TrialState.FAIL)
+        return 0.5
+
+    search(study, TUNED, 2, score, 0)
+    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_the_name_of_a_study_tells_apart_what_can_not_be_compared():
+    data = make_dataset(), make_dataset("dev"), make_dataset(counts=(40, 12, 9))
+    names = {tuning.study_name(TUNED, dataset, 0) for dataset in data}
+    names |= {tuning.study_name(TUNED, data[0], 1)}
+    names |= {tuning.study_name(replace(TUNED, epochs=3), data[0], 0)}
+    names |= {tuning.study_name(replace(TUNED, network="SmallVGG"), data[0], 0)}
+    assert len(names) == 6
+    assert tuning.study_name(TUNED, make_dataset(), 0) in names
+
+
+# ---- the images left aside --------------------------------------------------------------------
+
+
+def test_split_leaves_a_third_of_each_class_aside_and_keeps_near_duplicates_together():
+    dataset = make_dataset(counts=(60, 30, 21))
+    twins = dataset.subset(torch.arange(len(dataset)).repeat_interleave(2))
+    searched, aside = tuning.split(twins, seed=0)
+    assert len(searched) + len(aside) == len(twins)
+    assert np.array(aside.class_counts) == pytest.approx(np.array([40, 20, 14]), abs=2)
+    both = {image.numpy().tobytes() for image in searched.images} & {
+        image.numpy().tobytes() for image in aside.images
+    }
+    assert not both
+    assert not torch.equal(tuning.split(twins, seed=1)[1].images, aside.images)
+
+
+def test_a_class_with_too_few_images_is_named():
+    cats = make_dataset(counts=(40, 30, 11))
+    with pytest.raises(UserError, match="tiny: cat: 11 different images; tuning needs 12"):
+        tuning.split(cats, seed=0)
+    copies = cats.subset(
+        torch.cat([torch.arange(len(cats)), torch.nonzero(cats.labels == 2)[:, 0]])
     )
-    checked = tuning.check({"first": TUNED, "best": TUNED}, train, 7, "cpu")
-    assert seeds == [8, 9, 10, 8, 9, 10]
-    assert checked["best"] == {"g_mean": 0.5, "spread": 0.0, "runs": [0.5] * 3}
+    with pytest.raises(UserError, match="cat: 11 different images"):
+        tuning.split(copies, seed=0)
 
 
-def test_gain_is_the_mean_of_the_differences(capsys):
-    first, best = tuning.mean_and_spread([0.7, 0.8, 0.6]), tuning.mean_and_spread([0.8, 0.8, 0.8])
-    assert (first["g_mean"], first["spread"]) == (pytest.approx(0.7), pytest.approx(0.1))
-    tuning.print_check({"first": first, "best": best})
-    assert "The search gains +0.100 ±0.100." in capsys.readouterr().out
+def test_check_compares_both_recipes_on_the_images_left_aside(monkeypatch):
+    searched, aside = tuning.split(make_dataset(counts=(90, 60, 60)), seed=0)
+    best, seen = replace(TUNED, cutout=8), []
+
+    def right_or_half_right(function, jobs, *_):
+        for recipe, trained_on, images, seed, _ in jobs:
+            seen.append((recipe, seed))
+            assert trained_on is searched
+            assert images is aside.images
+            right = torch.ones(len(aside), dtype=torch.bool)
+            if recipe == TUNED:
+                right[seed % 2 :: 2] = False
+            yield torch.eye(3)[torch.where(right, aside.labels, (aside.labels + 1) % 3)]
+
+    monkeypatch.setattr(tuning, "parallel_map", right_or_half_right)
+    found = tuning.check(TUNED, best, searched, aside, 7, torch.device("cpu"))
+    assert seen == [(recipe, seed) for recipe in (TUNED, best) for seed in (7, 8, 9)]
+    assert found["best"] == {"g_mean": 1.0, "runs": [1.0] * 3}
+    own = found["default"]
+    assert own["g_mean"] == pytest.approx(0.5, abs=0.1)
+    assert own["g_mean"] == pytest.approx(np.mean(own["runs"]))
+    comparison = found["comparison"]
+    assert comparison["difference"] == pytest.approx(1 - own["g_mean"])
+    assert comparison["interval"][0] > 0
+    assert comparison["runs"] == 3
 
 
-def test_found_settings_are_searched_drawn_and_trained(run_script, course_folder, tmp_path):
-    options = ("--data", course_folder, "--out", tmp_path, "--quick")
-    status, printed, _ = run_script(tuning, *options, "--trials", 4)
+# ---- the script -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    write_course_pickle(folder / "train.pickle", make_dataset(counts=(30, 15, 15)))
+    write_course_pickle(folder / "dev.pickle", make_dataset("dev"))
+    return folder
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Let trials differ without any training: the more cutout, the better."""
+
+    def logits(recipe, labels, seed):
+        noise = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(seed))
+        return torch.eye(3)[labels] * (1 + recipe.cutout) + noise
+
+    monkeypatch.setattr(
+        tuning,
+        "cross_val_logits",
+        lambda recipe, dataset, seed, device: logits(recipe, dataset.labels, seed),
+    )
+    monkeypatch.setattr(
+        tuning,
+        "parallel_map",
+        lambda function, jobs, *_: [
+            logits(recipe, torch.zeros(len(images), dtype=torch.long), seed)
+            for recipe, _, images, seed, _ in jobs
+        ],
+    )
+
+
+def test_script_searches_compares_and_goes_on(run_script, folder, no_training, tmp_path):
+    options = ("--data", folder, "--out", tmp_path / "out")
+    status, printed, error = run_script(tuning, *options, "--trials", 6)
+    assert status == 0, error
+    assert "On images that no trial has seen, 3 seeds" in printed
+    numbers = json.loads((tmp_path / "out/tuning.json").read_text())
+    assert len(numbers["trials"]) == 6
+    assert numbers["best"]["g_mean"] == max(trial["g_mean"] for trial in numbers["trials"])
+    assert numbers["best"]["settings"].keys() == tuning.SPACE.keys()
+    assert replace(TUNED, **numbers["best"]["settings"]) != TUNED
+    assert numbers["check"].keys() == {"default", "best", "comparison"}
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"tuning.db", "tuning.json", "tuning.png"}
+
+    status, printed, _ = run_script(tuning, *options, "--trials", 7)
     assert status == 0
-    assert "Judged once more" in printed
-    numbers = json.loads((tmp_path / "tuning.json").read_text())
-    assert len(numbers["trials"]) == 4
-    scores = [trial["g_mean"] for trial in numbers["trials"]]
-    assert numbers["best"]["g_mean"] == max(scores)
-    assert (tmp_path / "tuning.png").exists()
-    status, printed, _ = run_script(training, *options, "--settings", tmp_path / "tuning.json")
+    again = json.loads((tmp_path / "out/tuning.json").read_text())
+    assert again["trials"][:6] == numbers["trials"]
+    assert len(again["trials"]) == 7
+
+
+def test_a_single_trial_is_the_recipe_itself_and_needs_no_comparison(
+    run_script, folder, no_training, tmp_path
+):
+    status, printed, _ = run_script(tuning, "--data", folder, "--out", "out", "--trials", 1)
     assert status == 0
-    recipe = load_checkpoint(tmp_path / "found.ckpt")[1]["recipe"]
-    assert (recipe["name"], recipe["epochs"]) == ("found", 2)
-    assert {name: recipe[name] for name in tuning.SPACE} == numbers["best"]["settings"]
-    assert recipe["average_shifts"] == TUNED.average_shifts
+    assert "No trial was better than the recipe's own settings." in printed
+    numbers = json.loads((tmp_path / "out/tuning.json").read_text())
+    assert numbers["best"]["settings"] == OWN
+    assert numbers["check"] is None
 
 
-def test_figure_marks_first_and_best():
-    study = tuning.search(TUNED, 6, best_near_a_third, seed=0)
-    numbers = tuning.numbers_of(study, TUNED)
-    history, *settings = tuning.draw_search(numbers).axes
-    assert list(history.lines[0].get_ydata()) == [trial["g_mean"] for trial in numbers["trials"]]
-    assert list(np.diff(history.lines[1].get_ydata()) >= 0) == [True] * 5
-    for ax, name in zip(settings, tuning.SPACE, strict=True):
-        every, first, best = ax.lines
-        assert len(every.get_xdata()) == 6
-        assert list(first.get_xdata()) == [getattr(TUNED, name)]
-        assert list(best.get_xdata()) == [numbers["best"]["settings"][name]]
+def test_label_corrections_make_other_data(run_script, folder, no_training, tmp_path):
+    train = open_data(str(folder)).load("train")
+    given = train.labels[3].item()
+    correction = Correction(3, given, (given + 1) % 3, 0.9)
+    (tmp_path / "labels.csv").write_text(format_corrections(train, [correction]))
+    options = ("--data", folder, "--out", "out", "--trials", 1, "--labels", "labels.csv")
+    assert run_script(tuning, *options)[0] == 0
+    numbers = json.loads((tmp_path / "out/tuning.json").read_text())
+    corrected = replace(train, labels=train.labels.clone())
+    corrected.labels[3] = correction.suggested
+    assert corrected.fingerprint in numbers["study"]
+    assert numbers["data"]["splits"]["train"]["fingerprint"] == corrected.fingerprint
+
+
+def test_too_few_images_end_in_one_line(run_script, course_folder):
+    status, _, error = run_script(tuning, "--data", course_folder)
+    assert status == 2
+    assert error == "error: course: cat: 8 different images; tuning needs 12\n"
+
+
+def test_passwords_are_not_shown():
+    url = "postgresql+psycopg://me:secret@host/name?password=secret"
+    assert tuning.hide_password(url) == "postgresql+psycopg://me:***@host/name"
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("url", "words"),
     [
-        (None, "No such file"),
-        ("not JSON", "holds no settings that tuning.py has found"),
-        ('{"best": 3}', "holds no settings that tuning.py has found"),
-        ('{"best": {"settings": [1]}}', "holds no settings that tuning.py has found"),
-        ('{"best": {"settings": {"colour": 1}}}', "holds no settings that tuning.py has found"),
-        ('{"best": {"settings": {"cutout": "8"}}}', "cutout is '8', which it can't be"),
-        ('{"best": {"settings": {"network": "BestNet"}}}', "network is 'BestNet', which it can't"),
+        ("nonsense", "--storage: not the URL of a database, such as postgresql"),
+        ("postgresql://host:port/name", "--storage: not the URL of a database"),
+        ("sqlite:////no/such/folder/x.db?a=b", "--storage sqlite:////no/such/folder/x.db: can't"),
+        ("postgresql+pg8000://me:secret@host/x", "//me:***@host/x: its driver is not installed"),
+        ("sqlite:///text.db", "--storage sqlite:///text.db: can't be reached, or is not Optuna's"),
     ],
 )
-def test_strange_settings_are_refused(tmp_path, content, words):
-    path = tmp_path / "tuning.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=words):
-        read_settings(path, TUNED)
-
-
-def test_settings_are_read_as_they_are(tmp_path):
-    path = tmp_path / "tuning.json"
-    path.write_text('{"best": {"settings": {"cutout": 4, "balance": 0.25}}}')
-    expected = replace(TUNED, name="found", cutout=4, balance=0.25)
-    assert read_settings(path, TUNED) == expected
-
-
-def test_settings_and_recipe_do_not_go_together(run_script, course_folder):
-    options = ("--data", course_folder, "--recipe", "tuned", "--settings", "tuning.json")
-    status, _, error = run_script(training, *options)
+def test_a_storage_that_does_not_work_ends_in_one_line(run_script, folder, tmp_path, url, words):
+    (tmp_path / "text.db").write_text("no database " * 100)
+    status, _, error = run_script(tuning, "--data", folder, "--out", "out", "--storage", url)
     assert status == 2
-    assert "--settings is a recipe of its own; leave --recipe out" in error
+    assert words in error
+    assert "secret" not in error
+    assert error.count("\n") == 1
+
+
+def test_figure_marks_the_recipe_and_the_best(study):
+    search(study, TUNED, 6, best_near_a_third, seed=0)
+    numbers = tuning.numbers_of(study, TUNED)
+    history, *settings = tuning.draw_search(numbers).axes
+    assert list(np.diff(history.lines[0].get_ydata()) >= 0) == [True] * 5
+    scores = [trial["g_mean"] for trial in numbers["trials"]]
+    assert list(history.lines[1].get_ydata()) == scores
+    for ax, name in zip(settings, tuning.SPACE, strict=True):
+        every, own, best = ax.lines
+        assert len(every.get_xdata()) == 6
+        assert list(own.get_xdata()) == [OWN[name]]
+        assert list(best.get_xdata()) == [numbers["best"]["settings"][name]]
+
+
+# ---- several machines -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def postgres_url():
+    """Start a PostgreSQL server in a folder of its own; return the URL of its database."""
+    if not (shutil.which("initdb") and shutil.which("pg_ctl")):
+        pytest.skip("PostgreSQL (initdb, pg_ctl) is not installed")
+    pytest.importorskip("psycopg", reason="the driver psycopg is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        user = "nobody" if os.geteuid() == 0 else None  # the server refuses to run as root
+        if user:
+            shutil.chown(folder, user)
+
+        def run(*command):
+            subprocess.run(
+                command, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=120
+            )
+
+        run("initdb", "-D", "data", "-U", "me", "-A", "trust", "--no-sync")
+        options = f"-p {port} -k {folder} -h 127.0.0.1"
+        run("pg_ctl", "start", "-D", "data", "-w", "-l", "log", "-o", options)
+        try:
+            yield f"postgresql+psycopg://me@127.0.0.1:{port}/postgres"
+        finally:
+            run("pg_ctl", "stop", "-D", "data", "-m", "fast")
+
+
+@pytest.mark.slow
+def test_two_workers_share_one_search(postgres_url, folder, tmp_path):
+    command = [sys.executable, PROJECT / "tuning.py", "--data", folder, "--storage", postgres_url]
+    command += ["--epochs", "1", "--trials", "4", "--device", "cpu"]
+    workers = [
+        subprocess.Popen(
+            [*command, "--out", tmp_path / name], stderr=subprocess.PIPE, text=True, cwd=PROJECT
+        )
+        for name in "ab"
+    ]
+    errors = [worker.communicate(timeout=900)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    numbers = [json.loads((tmp_path / name / "tuning.json").read_text()) for name in "ab"]
+    assert numbers[0]["study"] == numbers[1]["study"]
+    storage = optuna.storages.RDBStorage(postgres_url)
+    trials = optuna.load_study(study_name=numbers[0]["study"], storage=storage).trials
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    assert 4 <= len(trials) <= 5  # the last two may have been begun at the same time
+    processes = {trial.user_attrs["worker"][1] for trial in trials}
+    assert processes == {worker.pid for worker in workers}

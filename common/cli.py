@@ -1,0 +1,349 @@
+"""How every script behaves at the terminal: options, errors, tables, and result files."""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+FIGURE_DPI = 150
+PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
+
+
+class UserError(Exception):
+    """A user's mistake: shown as one line on stderr, with exit status 2."""
+
+
+# ---- what is printed ------------------------------------------------------------------------
+
+
+def clean(text: str) -> str:
+    """Replace characters that could steer the terminal, such as ESC in a file's name."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def show(value: object) -> str:
+    """Describe a value that came from a file in a few words, however large or odd it is."""
+    if value is None or isinstance(value, bool | float):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if abs(value) < 10**9 else "a very large int"
+    if isinstance(value, str):
+        return repr(clean(value[:60]))
+    return f"of type {type(value).__name__}"
+
+
+def say(text: str = "", error: bool = False) -> None:
+    """Print text, cleaned; to stderr if it is a warning or an error."""
+    print(clean(text), file=sys.stderr if error else sys.stdout)
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under their headers: the first column aligned left, the others right."""
+    rows = [[clean(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    for row in [headers, ["-" * width for width in widths], *rows]:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        say("  ".join(cells).rstrip())
+
+
+# ---- options --------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a mistake with one line, where argparse prints its whole usage text."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        # argparse takes -1,1 for an option unless it looks like a negative number.
+        self._negative_number_matcher = re.compile(r"^-\.?\d")
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each option that has one; keeps the description's line breaks."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def make_parser(description: str | None, several_seeds: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the options that all scripts share; a script adds its own."""
+    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--data",
+        default="auto",
+        metavar="NAME-OR-PATH",
+        help="a folder with train.pickle and dev.pickle, or with train/<class>/ and dev/<class>/ "
+        "full of image files; or cifar10; or synthetic; auto takes the first there is of "
+        "a set in data/, cifar10, synthetic",
+    )
+    if several_seeds:
+        parser.add_argument(
+            "--seed",
+            type=seed_list,
+            default="0",
+            metavar="N[,N...]",
+            help="random seed; several, as in 0,1,2, give several runs",
+        )
+    else:
+        parser.add_argument("--seed", type=natural_number, default=0, help="random seed")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto takes the first")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the results, not results/<data>"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a dry run on few images; its numbers mean nothing"
+    )
+    return parser
+
+
+def add_checkpoint_option(
+    parser: argparse.ArgumentParser, without: str, several: bool = False
+) -> None:
+    """Add --checkpoint and --pixel-range; `without` says what is used if none is named."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        nargs="+" if several else None,
+        help=f"a checkpoint of ours, or a bare one of the course; without it, {without}",
+    )
+    parser.add_argument(
+        "--pixel-range",
+        type=pixel_range,
+        metavar="LOW,HIGH",
+        help="the range that a bare checkpoint was trained on, -1,1 or 0,1; without it, -1,1",
+    )
+
+
+def natural_number(text: str) -> int:
+    """Parse a whole number from 0 to LARGEST_SEED."""
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    if int(text) > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST_SEED}")
+    return int(text)
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if natural_number(text) == 0:
+        raise argparse.ArgumentTypeError("0 is not a whole number of at least 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def seed_list(text: str) -> list[int]:
+    """Parse one seed or several, separated by commas; each counts once."""
+    return list(dict.fromkeys(natural_number(part) for part in text.split(",")))
+
+
+def pixel_range(text: str) -> tuple[float, float]:
+    """Parse a pixel range; only two are in use, any other is a typing mistake."""
+    ranges = {"0,1": (0.0, 1.0), "-1,1": (-1.0, 1.0)}
+    if text not in ranges:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0,1 nor -1,1")
+    return ranges[text]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main(), and end in one line where a traceback would not help."""
+    try:
+        _prepare_process()
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        say(f"error: {' '.join(str(error).split())}", error=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("\nstopped; files that were already written are whole", error=True)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        say(f"error: {error.filename or 'output'}: {error.strerror or 'failed'}", error=True)
+        sys.exit(2)
+
+
+def _prepare_process() -> None:
+    """Settle how this process is stopped and how it prints."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, cleaning up
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        getattr(sys, name).reconfigure(errors="replace")  # not every terminal has all letters
+    if PARENT in os.environ:
+        threading.Thread(target=_stop_with, args=[int(os.environ[PARENT])], daemon=True).start()
+
+
+def _stop_with(parent: int) -> None:
+    """Stop this process once the one that started it is gone, even if it was killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# ---- files that are read --------------------------------------------------------------------
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return what is in a file of at most `limit` bytes.
+
+    Raises:
+        UserError: it can't be read, or is larger.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise UserError(f"{path}: is larger than {limit // 2**20} MB, the most that is read")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or 'not readable'}") from error
+
+
+# ---- result files ---------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, then rename it: `path` is whole or as it was.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        write(part)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or 'failed'}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what write_atomic left behind in processes that were killed."""
+    for part in folder.glob(".*.part*"):
+        found = re.search(r"\.(\d{1,9})\.part", part.name)
+        if found and not is_running(int(found[1])):
+            part.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Tell whether there is a process with this id."""
+    if os.name == "nt":  # there os.kill would end the process instead of asking for it
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it runs, as another user's
+    return True
+
+
+class Results:
+    """The folder that a script writes to, and what all of its files say of their origin.
+
+    Args:
+        arguments: the parsed options.
+        data: metadata of the data (`common.data.describe`); its name names the folder.
+
+    Raises:
+        UserError: the folder can't be written to: found out before any long work.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
+        quick = "-quick" if arguments.quick else ""  # a dry run must not overwrite real results
+        self.folder = arguments.out or Path("results") / (data["name"] + quick)
+        self.settings = vars(arguments)
+        self.data = data
+        self.written: list[Path] = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: can't be written: {error.strerror}") from error
+        remove_leftovers(self.folder)
+        if arguments.quick:
+            say("QUICK DRY RUN on a few images: its numbers mean nothing\n")
+
+    def save(self, name: str, write: Callable[[Path], Any]) -> Path:
+        """Write the file `name`, whole or not at all; return its path."""
+        path = self.folder / name
+        write_atomic(path, write)
+        if path not in self.written:
+            self.written.append(path)
+        return path
+
+    def remove(self, name: str) -> None:
+        """Remove a file that is no longer needed."""
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        self.written = [other for other in self.written if other != path]
+
+    def save_text(self, name: str, text: str) -> None:
+        """Write a text file."""
+        self.save(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def save_json(self, step: str, numbers: dict[str, Any]) -> None:
+        """Write `<step>.json`: the numbers, and all that is needed to get them again."""
+        packages = ("torch", "numpy", "scikit-learn", "matplotlib")
+        versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+        origin = {"step": step, "data": self.data, "settings": self.settings, "versions": versions}
+        text = json.dumps(_to_json(origin | numbers), indent=2, allow_nan=False) + "\n"
+        self.save_text(f"{step}.json", text)
+
+    def save_figure(self, name: str, figure: Any) -> None:
+        """Write a matplotlib figure as `<name>.png`, with a line below that names its data."""
+        quick = "QUICK DRY RUN, numbers mean nothing.  " if self.settings["quick"] else ""
+        kind = " (drawn by the project, no photographs)" if self.data["name"] == "synthetic" else ""
+        prints = [f"{split} {each['fingerprint']}" for split, each in self.data["splits"].items()]
+        line = clean(f"{quick}Data: {self.data['name']}{kind}, {', '.join(prints)}")
+        line = line.replace("$", r"\$")  # a $ would start a formula
+        figure.supxlabel(line, x=0.01, ha="left", fontsize=7, color="0.4")
+        self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=FIGURE_DPI))
+
+    def print_written(self) -> None:
+        """Say where everything is."""
+        names = ", ".join(path.name for path in self.written)
+        lines = textwrap.fill(names, 98, break_on_hyphens=False)
+        say(f"\nwritten to {self.folder}:\n{textwrap.indent(lines, '  ')}")
+
+
+def _to_json(value: Any) -> Any:
+    """Return a value in a form that JSON holds: a path as text, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)

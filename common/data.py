@@ -1,0 +1,547 @@
+"""The data set: three classes of 32x32 images, badly imbalanced, some of the labels wrong.
+
+There are two forms on disk, the course's pickles and folders of image files. In memory a
+`Dataset` holds uint8; `to_float` is the one place where a model's float input is made.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from common.cli import PROJECT, UserError, read_bytes, say, show
+from data.course import read_course_pickle
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+CLASS_NAMES = ("car", "truck", "cat")
+SPLITS = ("train", "dev")
+IMAGE_SIZE = 32
+QUICK_COUNT = 60  # images per class in a dry run
+
+DATA_FOLDER = PROJECT / "data"
+PREPARED = ("cifar10", "synthetic")  # made by data/cifar10.py and data/synthetic.py
+OTHER_SPLITS = ("val", "valid", "validation", "test")  # names that others use; worth a remark
+
+LARGEST_FILE = 2**24  # bytes, of an image, of label corrections, of true labels
+MOST_PIXELS = 50_000_000  # of an image that is scaled down
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a data set, in memory.
+
+    Attributes:
+        name: where it came from, such as `synthetic` or the name of a folder.
+        split: `train` or `dev`.
+        images: uint8 [N, 3, 32, 32].
+        labels: int64 [N], indices in CLASS_NAMES, as given: some may be wrong.
+        true_labels: int64 [N] where they are known, else None.
+    """
+
+    name: str
+    split: str
+    images: Tensor
+    labels: Tensor
+    true_labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of images labeled as each class."""
+        return torch.bincount(self.labels, minlength=len(CLASS_NAMES)).tolist()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits that change with any pixel or label."""
+        digest = hashlib.sha256(self.images.contiguous().numpy().tobytes())
+        digest.update(self.labels.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def subset(self, index: Tensor) -> "Dataset":
+        """Return the images that an index, int64 or bool, selects."""
+        true_labels = None if self.true_labels is None else self.true_labels[index]
+        images, labels = self.images[index], self.labels[index]
+        return replace(self, images=images, labels=labels, true_labels=true_labels)
+
+    def first(self, count: int) -> "Dataset":
+        """Return the first `count` images of each class, in their order."""
+        members = [torch.nonzero(self.labels == label)[:count] for label in self.labels.unique()]
+        return self.subset(torch.cat(members).flatten().sort().values)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what result files and checkpoints say about this split."""
+        counts = dict(zip(CLASS_NAMES, self.class_counts, strict=True))
+        wrong = None if self.true_labels is None else int((self.labels != self.true_labels).sum())
+        return {"fingerprint": self.fingerprint, "class_counts": counts, "wrong_labels": wrong}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Turn uint8 images of any shape into float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+def describe(*datasets: Dataset | None) -> dict[str, Any]:
+    """Return the name of a data set, and the metadata of each split that was loaded."""
+    loaded = [dataset for dataset in datasets if dataset is not None]
+    splits = {dataset.split: dataset.metadata() for dataset in loaded}
+    return {"name": loaded[0].name, "splits": splits}
+
+
+# ---- where the images come from -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """A folder with a data set in it, and the name that results and figures give it."""
+
+    name: str
+    path: Path
+
+    def has(self, split: str) -> bool:
+        """Tell whether there is such a split."""
+        return self._pickle(split).is_file() or (self.path / split).is_dir()
+
+    def load(self, split: str, quick: bool = False) -> Dataset:
+        """Load and check `train` or `dev`; `quick` keeps the first 60 images of each class.
+
+        Raises:
+            UserError: the split is missing, broken, not of the right form, or lacks a class.
+        """
+        if not self.has(split):
+            raise UserError(f"{self.path}: has neither {split}.pickle nor {split}/<class>/*.png")
+        if self._pickle(split).is_file():
+            images, labels = read_course_pickle(self._pickle(split))
+            if (self.path / split).is_dir():
+                say(f"note: {self.path}: {split}.pickle is read, {split}/ is not", error=True)
+        else:
+            images, labels = _read_image_folder(self.path / split)
+        true_labels = self._true_labels(split, len(labels))
+        dataset = Dataset(self.name, split, images, labels, true_labels)
+        _check_classes(dataset, f"{self.path}, {split}")
+        return dataset.first(QUICK_COUNT) if quick else dataset
+
+    def _pickle(self, split: str) -> Path:
+        return self.path / f"{split}.pickle"
+
+    def _true_labels(self, split: str, count: int) -> Tensor | None:
+        path = self.path / "true_labels.json"
+        if not self._pickle(split).is_file() or not path.is_file():
+            return None
+        try:
+            labels = json.loads(read_bytes(path, LARGEST_FILE))[split]
+            whole = len(labels) == count and all(type(label) is int for label in labels)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole or not 0 <= min(labels) <= max(labels) < len(CLASS_NAMES):
+            raise UserError(f"{path}: {split} must be a list of {count} labels from 0 to 2")
+        return torch.tensor(labels, dtype=torch.int64)
+
+
+def open_data(name_or_path: str) -> DataFolder:
+    """Return the data set that `--data` names, prepared if it has to be.
+
+    Args:
+        name_or_path: `auto`, `cifar10`, `synthetic`, or the path of a folder.
+
+    Raises:
+        UserError: the name is unknown, the folder holds no images, or CIFAR-10 is out of reach.
+    """
+    if name_or_path == "auto":
+        return _open_first()
+    if name_or_path in PREPARED:
+        return _open_prepared(name_or_path)
+    return _open_folder(Path(name_or_path))
+
+
+def _open_first() -> DataFolder:
+    from data import cifar10
+
+    if any(DataFolder("", DATA_FOLDER).has(split) for split in SPLITS):
+        return _open_folder(DATA_FOLDER)
+    if _is_prepared("cifar10") or cifar10.is_downloaded() or cifar10.is_reachable():
+        return _open_prepared("cifar10")
+    say("No images in data/, and CIFAR-10 can't be reached: using synthetic images.")
+    return _open_prepared("synthetic")
+
+
+def _is_prepared(name: str) -> bool:
+    return all((DATA_FOLDER / name / f"{split}.pickle").is_file() for split in SPLITS)
+
+
+def _open_prepared(name: str) -> DataFolder:
+    from data import cifar10, synthetic
+
+    folder = DATA_FOLDER / name
+    if not _is_prepared(name):
+        {"cifar10": cifar10, "synthetic": synthetic}[name].prepare(folder)
+    return DataFolder(name, folder)
+
+
+def _open_folder(path: Path) -> DataFolder:
+    if path.is_file():
+        raise UserError(f"--data {path}: is a file; name the folder that it is in")
+    if not path.is_dir():
+        raise UserError(f"--data {path}: no such folder, and not auto, cifar10 or synthetic")
+    name = path.resolve().name or "root"
+    if name in PREPARED and path.resolve() != (DATA_FOLDER / name).resolve():
+        name = f"folder-{name}"  # its results must not be taken for the prepared set's
+    folder = DataFolder(name, path)
+    if not any(folder.has(split) for split in SPLITS):
+        raise UserError(
+            f"--data {path}: holds neither train.pickle or dev.pickle nor train/<class>/*.png"
+        )
+    for other in OTHER_SPLITS:
+        if folder.has(other):
+            say(f"note: {path / other} is not read; the splits are train and dev", error=True)
+    return folder
+
+
+def _check_classes(dataset: Dataset, cause: str) -> None:
+    for name, count in zip(CLASS_NAMES, dataset.class_counts, strict=True):
+        if count == 0:
+            raise UserError(f"{cause}: class {name} has no images; each class needs at least one")
+
+
+# ---- folders of image files -----------------------------------------------------------------
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")  # Pillow knows others that start programs
+NAMED_FILES = 5
+
+
+def write_image_folder(folder: Path, dataset: Dataset) -> None:
+    """Write a data set as `folder/<split>/<class>/<index>.png`.
+
+    PNG keeps every pixel, and the index in the name keeps the order when files are moved.
+    """
+    for name in CLASS_NAMES:
+        (folder / dataset.split / name).mkdir(parents=True, exist_ok=True)
+    pixels = dataset.images.permute(0, 2, 3, 1).contiguous().numpy()
+    for index, (image, label) in enumerate(zip(pixels, dataset.labels.tolist(), strict=True)):
+        path = folder / dataset.split / CLASS_NAMES[label] / f"{index:05d}.png"
+        Image.fromarray(image).save(path)
+
+
+def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of `folder/<class>/*`, in the order of the file names."""
+    files, unread = _list_files(folder)
+    known = ", ".join(CLASS_NAMES)
+    for name in sorted({file.parent.name for file in files} - set(CLASS_NAMES)):
+        raise UserError(f"{folder / name}: unknown class; the classes are {known}")
+    if unread:
+        names = ", ".join(str(file.relative_to(folder)) for file in unread[:NAMED_FILES])
+        more = ", ..." if len(unread) > NAMED_FILES else ""
+        say(f"note: {folder}: {len(unread)} files are not read: {names}{more}", error=True)
+    if not files:
+        raise UserError(f"{folder}: no image files in its class folders {known}")
+    files.sort(key=lambda file: (file.name, file.parent.name))
+    labels = [CLASS_NAMES.index(file.parent.name) for file in files]
+    return torch.stack([read_image(file) for file in files]), torch.tensor(labels)
+
+
+def _list_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the image files in the class folders, and all other files."""
+    files, unread = [], []
+    for entry in _visible(folder):
+        for file in _visible(entry) if entry.is_dir() else [entry]:
+            if file.is_dir():
+                unread += sorted(inner for inner in file.rglob("*") if not inner.is_dir())
+            elif file != entry and file.is_file() and file.suffix.lower() in SUFFIXES:
+                files.append(file)
+            else:
+                unread.append(file)
+    return files, unread
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def read_image(path: Path, resize: bool = False) -> Tensor:
+    """Return a file's image, uint8 [3, 32, 32].
+
+    Args:
+        resize: take any size, and scale down the square in its middle; else refuse other sizes.
+
+    Raises:
+        UserError: not a readable image, too large, or of another size.
+    """
+    content = io.BytesIO(read_bytes(path, LARGEST_FILE))
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(content, formats=FORMATS) as file:
+            width, height = file.size
+            if resize and width * height > MOST_PIXELS:
+                raise UserError(f"{path}: is {width}x{height} pixels, too many")
+            if not resize and file.size != (IMAGE_SIZE, IMAGE_SIZE):
+                raise UserError(f"{path}: is {width}x{height} pixels, it must be 32x32")
+            image = _to_rgb(ImageOps.exif_transpose(file))
+            if resize:
+                image = ImageOps.fit(image, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+            pixels = np.array(image)
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error
+        raise UserError(f"{path}: not a readable {', '.join(FORMATS)} image") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Scale 16-bit gray to 8 bits, and show on white what is transparent."""
+    if image.mode.startswith("I"):
+        gray = np.array(image).astype(np.float32)
+        gray[gray == image.info.get("transparency")] = 65535
+        image = Image.fromarray(np.rint(gray / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+# ---- near-duplicates ------------------------------------------------------------------------
+
+# Pixels that correlate this much are nearly always the same photograph, brightened or moved by a
+# pixel; now and then they are two plain landscapes.
+DUPLICATE_CORRELATION = 0.9
+BLOCK = 2048  # images compared with as many others at a time, to bound the memory
+MOST_PAIRS = 100_000
+COARSE = 4  # pixels in each direction that shrinking averages
+ROUNDING = 1e-4
+
+
+def near_duplicates(images: Tensor, others: Tensor | None = None) -> list[tuple[int, int, float]]:
+    """Find images that are nearly the same, mirrored or not.
+
+    Args:
+        images: uint8 [N, 3, 32, 32].
+        others: uint8 [M, 3, 32, 32]; without them, pairs i < j within `images` are sought.
+
+    Returns:
+        (index in images, index in others, correlation of the pixels), the most alike first;
+        at most MOST_PAIRS of them.
+    """
+    i, j, correlation = _correlated_pairs(images, others)
+    order = correlation.argsort(descending=True, stable=True)[:MOST_PAIRS]
+    values = correlation[order].clamp(max=1).tolist()
+    return list(zip(i[order].tolist(), j[order].tolist(), values, strict=True))
+
+
+def duplicate_groups(images: Tensor) -> Tensor:
+    """Return a group for each image, int64 [N]: near-duplicates share one."""
+    i, j, correlation = (values.numpy() for values in _correlated_pairs(images))
+    graph = coo_array((correlation, (i, j)), shape=(len(images), len(images)))
+    return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
+
+
+def _correlated_pairs(
+    images: Tensor, others: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return i, j and correlation, [pairs] each, of all near-duplicates."""
+    compared = images if others is None else others
+    found = [(torch.empty(0, dtype=torch.int64),) * 2 + (torch.empty(0),)]
+    for candidates in _candidate_pairs(images, others):
+        for i, j in zip(*(index.split(BLOCK) for index in candidates), strict=True):
+            correlation = _correlate(images[i], compared[j])
+            alike = correlation >= DUPLICATE_CORRELATION
+            found.append((i[alike], j[alike], correlation[alike]))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def _candidate_pairs(images: Tensor, others: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the few i and j that may be near-duplicates, block by block; none is missed.
+
+    Shrunk images are compared: what shrinking leaves out of two images adds at most the product
+    of its lengths to their correlation (Cauchy and Schwarz). This is five times as fast as
+    comparing all pixels.
+    """
+    coarse, rest = _shrink(images)
+    other_coarse, other_rest = (coarse, rest) if others is None else _shrink(others)
+    mirrored = coarse.flip(-1).flatten(1)
+    coarse, other_coarse = coarse.flatten(1), other_coarse.flatten(1)
+    for start in range(0, len(coarse), BLOCK):
+        rows = slice(start, start + BLOCK)
+        for other_start in range(start if others is None else 0, len(other_coarse), BLOCK):
+            columns = slice(other_start, other_start + BLOCK)
+            bound = coarse[rows] @ other_coarse[columns].T
+            bound = torch.maximum(bound, mirrored[rows] @ other_coarse[columns].T)
+            bound.addr_(rest[rows], other_rest[columns])
+            if others is None and other_start == start:
+                bound = bound.triu(diagonal=1)
+            i, j = torch.nonzero(bound >= DUPLICATE_CORRELATION - ROUNDING, as_tuple=True)
+            yield i + start, j + other_start
+
+
+def _shrink(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return standardized images, shrunk, [N, 3, 8, 8], and the length of what that left out."""
+    shrunk, rest = [], []
+    for block in images.split(BLOCK):
+        pixels = _standardize(block)
+        shrunk.append(F.avg_pool2d(pixels, COARSE) * COARSE)
+        left = pixels.square().sum(dim=(1, 2, 3)) - shrunk[-1].square().sum(dim=(1, 2, 3))
+        rest.append(left.clamp_min(0).sqrt())
+    return torch.cat(shrunk), torch.cat(rest)
+
+
+def _standardize(images: Tensor) -> Tensor:
+    """Return images with mean 0 and length 1: brightness and contrast are gone.
+
+    Their scalar products are correlations. An image of a single color has none, and gives zeros.
+    """
+    pixels = to_float(images)
+    pixels = pixels - pixels.mean(dim=(1, 2, 3), keepdim=True)
+    return pixels / pixels.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-3)
+
+
+def _correlate(images: Tensor, others: Tensor) -> Tensor:
+    """Return the correlation of each image with its other, or with its mirror image, [N]."""
+    images, others = _standardize(images), _standardize(others)
+    direct, mirrored = ((x * others).sum(dim=(1, 2, 3)) for x in (images, images.flip(-1)))
+    return torch.maximum(direct, mirrored)
+
+
+# ---- label corrections ----------------------------------------------------------------------
+#
+# A table for any spreadsheet. Its first line names the data by its fingerprint; whoever doubts a
+# suggestion writes `no` in its last column:
+#
+#     # labels of synthetic, train, fingerprint 0123456789ab
+#     index,given,suggested,confidence,accept
+#     5468,cat,car,0.998,yes
+
+COLUMNS = ["index", "given", "suggested", "confidence", "accept"]
+ANSWERS = dict.fromkeys(("yes", "y", "true", "1"), True)
+ANSWERS |= dict.fromkeys(("no", "n", "false", "0"), False)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A label that is probably wrong.
+
+    Attributes:
+        index: of the image in its split.
+        given: its label, an index in CLASS_NAMES.
+        suggested: the label that it should have.
+        confidence: probability that the suggestion is right, as the models see it.
+        accept: whether to apply it.
+    """
+
+    index: int
+    given: int
+    suggested: int
+    confidence: float
+    accept: bool = True
+
+
+def apply_corrections(dataset: Dataset, corrections: Sequence[Correction]) -> Dataset:
+    """Return the data set with the accepted labels in place of the given ones.
+
+    Raises:
+        UserError: a class would have no images left.
+    """
+    labels = dataset.labels.clone()
+    for correction in corrections:
+        if correction.accept:
+            labels[correction.index] = correction.suggested
+    corrected = replace(dataset, labels=labels)
+    _check_classes(corrected, "with the label corrections")
+    return corrected
+
+
+def format_corrections(dataset: Dataset, corrections: Sequence[Correction]) -> str:
+    """Return the text of a CSV file of corrections."""
+    text = io.StringIO()
+    name = " ".join(dataset.name.split())
+    text.write(f"# labels of {name}, {dataset.split}, fingerprint {dataset.fingerprint}\n")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for each in corrections:
+        names = CLASS_NAMES[each.given], CLASS_NAMES[each.suggested]
+        accept = "yes" if each.accept else "no"
+        table.writerow([each.index, *names, f"{each.confidence:.3f}", accept])
+    return text.getvalue()
+
+
+def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
+    """Read a CSV file of corrections, also in the forms that spreadsheets save it in.
+
+    Raises:
+        UserError: there is no such file, it is broken, or it was made for other data.
+    """
+    content = read_bytes(path, LARGEST_FILE)
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    lines = content.decode(encoding, errors="replace").splitlines()
+    lines = [line for line in lines if line.strip(' ,;\t"') and not line.startswith("sep=")]
+    found = re.search(r"labels of .+fingerprint (\w+)", lines[0] if lines else "")
+    if not found:
+        raise UserError(f"{path}: its first line does not name the data that it belongs to")
+    if found[1] != dataset.fingerprint:
+        raise UserError(
+            f"{path}: is for data with fingerprint {show(found[1])}; "
+            f"{dataset.name}, {dataset.split} has {dataset.fingerprint}"
+        )
+    rows = {}
+    for row in _split_rows(path, lines[1:]):
+        correction = _parse_row(path, row, dataset)
+        if correction.index in rows:
+            raise UserError(f"{path}: index {correction.index} is in two rows")
+        rows[correction.index] = correction
+    return list(rows.values())
+
+
+def _split_rows(path: Path, lines: list[str]) -> list[list[str]]:
+    """Return the cells of each row; the separator is the one that splits the header right."""
+    for separator in ",;\t":
+        try:
+            rows = list(csv.reader(lines, delimiter=separator))
+        except csv.Error as error:
+            raise UserError(
+                f"{path}: has a cell that is too long, or a line break in one"
+            ) from error
+        rows = [[cell.strip() for cell in row] for row in rows]
+        if rows and [cell.lower() for cell in rows[0][: len(COLUMNS)]] == COLUMNS:
+            return rows[1:]
+    raise UserError(f"{path}: the columns must be {','.join(COLUMNS)}")
+
+
+def _parse_row(path: Path, row: list[str], dataset: Dataset) -> Correction:
+    """Check the cells of a row one by one; the message names the bad one."""
+    index, *cells = row + [""] * len(COLUMNS)
+    given, suggested, confidence, accept = (cell.lower() for cell in cells[: len(COLUMNS) - 1])
+
+    def check(condition: object, column: str, value: str, expected: str) -> None:
+        if not condition:
+            row_name = f"the row of index {show(index)}"
+            raise UserError(f"{path}, {row_name}: {column} is {show(value)}, not {expected}")
+
+    classes = ", ".join(CLASS_NAMES)
+    known = re.fullmatch(r"\d{1,9}", index, re.ASCII) and int(index) < len(dataset)
+    check(known, "index", index, f"a number from 0 to {len(dataset) - 1}")
+    check(given in CLASS_NAMES, "given", given, classes)
+    check(suggested in CLASS_NAMES, "suggested", suggested, classes)
+    decimal = r"(0?[.,]\d{1,20}|[01]([.,]0{1,20})?)"  # a comma in many countries
+    check(re.fullmatch(decimal, confidence, re.ASCII), "confidence", confidence, "from 0 to 1")
+    check(accept in ANSWERS, "accept", accept, "yes or no")
+    label = CLASS_NAMES[dataset.labels[int(index)]]
+    check(given == label, "given", given, f"{label} as in this data")
+    return Correction(
+        int(index),
+        CLASS_NAMES.index(given),
+        CLASS_NAMES.index(suggested),
+        float(confidence.replace(",", ".")),
+        ANSWERS[accept],
+    )

@@ -1,0 +1,341 @@
+"""Scores for imbalanced classes, how far they can be trusted, and fair comparisons of models.
+
+All functions take NumPy arrays, torch tensors or lists, and return NumPy arrays or plain numbers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.data import CLASS_NAMES
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import log_softmax, softmax
+from scipy.stats import beta, norm
+
+SCORE_TITLES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "g_mean": "G-mean",
+}
+TAILS = (0.025, 0.975)  # of a 95% interval
+DRAWS = 10_000  # from a posterior: an interval's ends then vary in the third digit
+PSEUDO_WEIGHT = 0.5  # of each joint outcome of two models: Jeffreys' prior of a multinomial
+
+
+# ---- scores ---------------------------------------------------------------------------------
+
+
+def confusion_matrix(labels: ArrayLike, predicted: ArrayLike) -> np.ndarray:
+    """Return counts [C, C]: true class by predicted class."""
+    classes = len(CLASS_NAMES)
+    cells = np.asarray(labels) * classes + np.asarray(predicted)
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Return all scores of confusion matrices [..., C, C].
+
+    Recall is the fraction of a class's images that are classified correctly, NaN for a class
+    without images. Precision is the fraction of a class's predictions that are correct, 0 for a
+    class that is never predicted. Balanced accuracy is the mean of the recalls. G-mean is their
+    geometric mean (Kubat and Matwin 1997; Sun, Kamel and Wang 2006): 0 as soon as one of them is.
+
+    Returns:
+        accuracy, balanced_accuracy, g_mean: [...] each; recall, precision: [..., C].
+    """
+    confusion = np.asarray(confusion)
+    correct = np.diagonal(confusion, axis1=-2, axis2=-1)
+    counts = confusion.sum(axis=-1)
+    recall = np.where(counts > 0, correct / np.maximum(counts, 1), np.nan)
+    return {
+        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),
+        "balanced_accuracy": recall.mean(axis=-1),
+        "g_mean": _geometric_mean(recall),
+        "recall": recall,
+        "precision": correct / np.maximum(confusion.sum(axis=-2), 1),
+    }
+
+
+def _geometric_mean(recalls: np.ndarray) -> np.ndarray:
+    return recalls.prod(axis=-1) ** (1 / recalls.shape[-1])
+
+
+def evaluate(labels: ArrayLike, predicted: ArrayLike, seed: int = 0) -> dict[str, Any]:
+    """Return the scores of predicted classes with 95% intervals, ready for a JSON file."""
+    confusion = confusion_matrix(labels, predicted)
+    return {
+        **_by_name(scores(confusion)),
+        "interval": _by_name(intervals(confusion, seed)),
+        "confusion": confusion.tolist(),
+    }
+
+
+def _by_name(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    named = {score: values[score].tolist() for score in SCORE_TITLES}
+    for score in ("recall", "precision"):
+        named[score] = dict(zip(CLASS_NAMES, values[score].tolist(), strict=True))
+    return named
+
+
+def format_predictions(labels: ArrayLike, logits: ArrayLike) -> str:
+    """Return a table (CSV) of each image's label, predicted class, and class probabilities."""
+    logits = np.asarray(logits, dtype=float)
+    columns = zip(labels, logits.argmax(axis=1), softmax(logits, axis=1), strict=True)
+    lines = [",".join(("index", "label", "predicted", *CLASS_NAMES))]
+    for index, (label, predicted, probabilities) in enumerate(columns):
+        numbers = ",".join(f"{probability:.6f}" for probability in probabilities)
+        lines.append(f"{index},{CLASS_NAMES[label]},{CLASS_NAMES[predicted]},{numbers}")
+    return "\n".join(lines) + "\n"
+
+
+# ---- intervals of one model's scores ----------------------------------------------------------
+
+
+def jeffreys_interval(successes: int, total: int) -> tuple[float, float]:
+    """Return the 95% interval of a proportion from Beta(k + 1/2, n - k + 1/2).
+
+    It ends at 0 if nothing succeeded and at 1 if everything did (Brown, Cai and DasGupta 2001).
+    """
+    low, high = beta.ppf(TAILS, successes + 0.5, total - successes + 0.5)
+    return 0.0 if successes == 0 else float(low), 1.0 if successes == total else float(high)
+
+
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """Return Wilson's 95% score interval of a proportion (1927)."""
+    z = norm.ppf(TAILS[1])
+    center = (successes + z**2 / 2) / (total + z**2)
+    half = z / (total + z**2) * np.sqrt(successes * (total - successes) / total + z**2 / 4)
+    low, high = float(center - half), float(center + half)
+    return 0.0 if successes == 0 else low, 1.0 if successes == total else high
+
+
+def intervals(confusion: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the 95% interval of each score of a confusion matrix [C, C].
+
+    Recall and precision: Jeffreys; accuracy: Wilson; balanced accuracy and G-mean: draws from the
+    recalls' posteriors (Brodersen et al. 2010). Of the precision of a class that is never
+    predicted nothing is known: [0, 1].
+
+    Returns:
+        the keys of `scores`, with a last axis (low, high).
+    """
+    correct, counts = np.diagonal(confusion), confusion.sum(axis=1)
+    generator = np.random.default_rng(seed)
+    recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
+    now = scores(confusion)
+    means = _interval_around(recalls.mean(axis=1), now["balanced_accuracy"])
+    g_means = _interval_around(_geometric_mean(recalls), now["g_mean"])
+    if (correct == 0).any():
+        g_means[0] = 0.0
+    if (correct == 0).all():
+        means[0] = 0.0
+    if (correct == counts).all():
+        means[1] = g_means[1] = 1.0
+    columns = zip(correct, confusion.sum(axis=0), strict=True)
+    return {
+        "accuracy": np.array(wilson_interval(correct.sum(), counts.sum())),
+        "balanced_accuracy": means,
+        "g_mean": g_means,
+        "recall": np.array([jeffreys_interval(*row) for row in zip(correct, counts, strict=True)]),
+        "precision": np.array([jeffreys_interval(*column) for column in columns]),
+    }
+
+
+def _interval_around(draws: np.ndarray, value: float) -> np.ndarray:
+    """Return the middle 95% of draws, widened to hold the value itself if it has to be."""
+    low, high = np.quantile(draws, TAILS)
+    return np.array([np.fmin(low, value), np.fmax(high, value)])
+
+
+# ---- is one model better than another? --------------------------------------------------------
+
+
+def compare(
+    labels: ArrayLike,
+    predicted: ArrayLike,
+    baseline: ArrayLike,
+    score: str = "g_mean",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return how much better `predicted` [S, N] or [N] is than `baseline`, on the same images.
+
+    Bayesian bootstrap (Rubin 1981): in each draw, the images of a class get random weights, the
+    same for both models, so that what is hard for both cancels out. Half a pseudo-image for each
+    joint outcome (none, one, the other or both are correct) stands for what these few images did
+    not happen to show: without it, two perfect models would differ by 0 for certain. With S runs
+    (seeds), run i is compared to run i, and a t-distributed term adds the spread over the runs.
+    Part of that spread is chance in the images again, so with several runs the interval is rather
+    too wide than too narrow (in simulations it covers 97 to 100%).
+
+    Returns:
+        `difference` of the mean scores, its 95% `interval`, and the number of `runs`.
+    """
+    labels = np.asarray(labels)
+    correct = [np.atleast_2d(np.asarray(runs)) == labels for runs in (baseline, predicted)]
+    if correct[0].shape != correct[1].shape:
+        raise ValueError(f"cannot pair runs: {correct[0].shape} and {correct[1].shape}")
+    runs, generator = len(correct[0]), np.random.default_rng(seed)
+    by_class = [np.concatenate(correct)[:, labels == label] for label in np.unique(labels)]
+    fractions = np.array([group.shape[1] for group in by_class]) / len(labels)
+    observed = np.stack([group.mean(axis=1) for group in by_class], axis=-1)
+    drawn = np.stack([_draw_recalls(group, generator) for group in by_class], axis=-1)
+
+    differences = _per_run_difference(observed, fractions, score)
+    draws = _per_run_difference(drawn, fractions, score).mean(axis=-1)
+    if runs > 1:
+        standard_error = differences.std(ddof=1) / np.sqrt(runs)
+        draws = draws + standard_error * generator.standard_t(runs - 1, len(draws))
+    difference = float(differences.mean())
+    interval = _interval_around(draws, difference).tolist()
+    return {"difference": difference, "interval": interval, "runs": runs}
+
+
+def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Draw the recalls [DRAWS, 2 S] of one class from `correct` [2 S, images of the class].
+
+    Images with the same outcomes share one weight, a gamma variable of their number.
+    """
+    patterns, counts = np.unique(correct, axis=1, return_counts=True)
+    pairs = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])  # baseline correct?, predicted correct?
+    patterns = np.hstack([patterns, np.repeat(pairs, len(correct) // 2, axis=0)])
+    counts = np.concatenate([counts, [PSEUDO_WEIGHT] * 4])
+    weights = generator.standard_gamma(counts, (DRAWS, len(counts)))
+    return (weights @ patterns.T) / weights.sum(axis=1, keepdims=True)
+
+
+def _per_run_difference(recalls: np.ndarray, fractions: np.ndarray, score: str) -> np.ndarray:
+    """Return predicted - baseline [..., S] from recalls [..., 2 S, C], the baseline's first."""
+    if score == "g_mean":
+        values = _geometric_mean(recalls)
+    else:
+        values = recalls @ fractions if score == "accuracy" else recalls.mean(axis=-1)
+    baseline, predicted = np.split(values, 2, axis=-1)
+    return predicted - baseline
+
+
+def describe_comparison(comparison: Mapping[str, Any]) -> str:
+    """Say in words which is better; what holds 0 in its interval is no difference."""
+    difference, (low, high) = comparison["difference"], comparison["interval"]
+    if low > 0:
+        text = f"better by {difference:.3f} [{low:.3f}, {high:.3f}]"
+    elif high < 0:
+        text = f"worse by {-difference:.3f} [{-high:.3f}, {-low:.3f}]"
+    else:
+        text = f"no difference seen ({difference:+.3f} [{low:.3f}, {high:.3f}])"
+    if comparison["runs"] == 1:
+        text += "; one seed: the spread over seeds is not included"
+    return text
+
+
+# ---- calibration ------------------------------------------------------------------------------
+
+
+def reliability(
+    probabilities: ArrayLike, labels: ArrayLike, bins: int = 10
+) -> dict[str, np.ndarray]:
+    """Group images by confidence, the highest probability, in bins of equal width.
+
+    Returns:
+        `count`, mean `confidence` and `accuracy` of each bin [bins]; NaN where it is empty.
+    """
+    probabilities = np.asarray(probabilities, dtype=float)
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == np.asarray(labels)
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(index, minlength=bins)
+    nonempty = np.where(count > 0, count, np.nan)
+    return {
+        "count": count,
+        "confidence": np.bincount(index, confidence, bins) / nonempty,
+        "accuracy": np.bincount(index, correct, bins) / nonempty,
+    }
+
+
+def expected_calibration_error(
+    probabilities: ArrayLike, labels: ArrayLike, bins: int = 10
+) -> float:
+    """Return the mean gap between confidence and accuracy (ECE, Guo et al. 2017)."""
+    table = reliability(probabilities, labels, bins)
+    gaps = np.abs(table["accuracy"] - table["confidence"]) * table["count"]
+    return float(np.nansum(gaps) / table["count"].sum())
+
+
+def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Return the T for which softmax(logits / T) has the lowest cross-entropy on the labels."""
+    logits, labels = np.asarray(logits, dtype=float), np.asarray(labels)
+
+    def cross_entropy(log_temperature: float) -> float:
+        log_probabilities = log_softmax(logits / np.exp(log_temperature), axis=1)
+        return -log_probabilities[np.arange(len(labels)), labels].mean()
+
+    return float(np.exp(minimize_scalar(cross_entropy, bounds=(-5, 5), method="bounded").x))
+
+
+# ---- label noise ------------------------------------------------------------------------------
+
+
+def label_posterior(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Return P(true label | image, given label), [N, C], where some of the labels are wrong.
+
+    Args:
+        logits: [N, C], out of fold: each by a model that was not trained on the image.
+        labels: as given, [N].
+    """
+    labels = np.asarray(labels)
+    true, transition = fit_label_noise(logits, labels)
+    joint = true * transition[:, labels].T
+    return joint / joint.sum(axis=1, keepdims=True)
+
+
+def fit_label_noise(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return P(true label | image), [N, C], and the transition matrix P(given | true), [C, C].
+
+    Models that learned from wrong labels predict the given label, not the true one. So it is the
+    given label that is modeled here, by P(true | image) @ transition, the forward correction of
+    Patrini et al. (2017). P(true | image) is softmax(logits / temperature + bias), where the bias
+    restores the class prior, which models trained on balanced classes lack. Temperature, bias and
+    transition matrix are those under which the given labels are most likely. One more image per
+    class, labeled correctly, settles what the data leave open: no label is wrong without evidence.
+    """
+    logits, labels = np.asarray(logits, dtype=float), np.asarray(labels)
+    classes = logits.shape[1]
+    given = np.eye(classes)[labels]
+
+    def unpack(parameters: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        scale, bias, flips = np.split(parameters, [1, 1 + classes])
+        true = softmax(np.exp(scale) * logits + bias, axis=1)
+        return np.exp(scale[0]), true, softmax(flips.reshape(classes, classes), axis=1)
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the negative log-likelihood and its gradient."""
+        scale, true, transition = unpack(parameters)
+        joint = true * (given @ transition.T)
+        posterior = joint / joint.sum(axis=1, keepdims=True)
+        counts = posterior.T @ given + np.eye(classes)  # expected, [true, given]
+        to_logits = posterior - true
+        to_flips = counts - counts.sum(axis=1, keepdims=True) * transition
+        gradient = [[scale * (to_logits * logits).sum()], to_logits.sum(axis=0), to_flips.ravel()]
+        value = np.log(joint.sum(axis=1)).sum() + np.log(np.diagonal(transition)).sum()
+        return -value / len(labels), -np.concatenate(gradient) / len(labels)
+
+    prior = np.log(np.maximum(given.sum(axis=0), 1))
+    start = np.concatenate([[0], prior - prior.max(), 3 * np.eye(classes).ravel()])
+    bounds = [(-3, 3)] + [(-12, 12)] * (len(start) - 1)
+    _, true, transition = unpack(minimize(loss, start, jac=True, bounds=bounds).x)
+    return true, transition
+
+
+def trusted_labels(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Return which given labels, bool [N], are the most likely true ones.
+
+    A class of which nothing would be left is trusted as a whole.
+    """
+    labels = np.asarray(labels)
+    return keep_classes(label_posterior(logits, labels).argmax(axis=1) == labels, labels)
+
+
+def keep_classes(kept: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return `kept`, bool [N], with every image of a class of which it keeps none."""
+    return kept | (np.bincount(labels, weights=kept)[labels] == 0)

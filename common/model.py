@@ -1,0 +1,437 @@
+"""The networks, prediction with them, and checkpoints from which a model can be rebuilt alone."""
+
+import copy
+import functools
+import io
+import itertools
+import warnings
+import zipfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from common import cli
+from common.cli import UserError
+from common.data import CLASS_NAMES, to_float
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+COURSE_RANGE = (-1.0, 1.0)  # of the course's pixels, and so of its bare checkpoints
+PREDICTION_BATCH = 500
+LARGEST_METADATA = 2000  # values
+LARGEST_FILE = 2**28  # bytes, of a checkpoint; ours have a few million
+LARGEST_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
+LARGEST_PIXEL = 1000  # after normalization
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` prefers CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind, there in available.items() if there), "cpu")
+    if name != "cpu" and not available.get(name, False):
+        usable = ", ".join(["cpu", *(kind for kind, there in available.items() if there)])
+        raise UserError(f"--device {name}: not on this machine, which has {usable}")
+    return torch.device(name)
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """Return the context for a training step's forward pass: bfloat16 where it is faster.
+
+    That is on GPUs and on CPUs with bfloat16 instructions (an epoch takes 35% less time there).
+    Weights and loss stay float32.
+    """
+    if device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16()):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+@functools.cache
+def _cpu_has_bfloat16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # older torch can't tell
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+# ---- networks -------------------------------------------------------------------------------
+
+
+class Normalize(nn.Module):
+    """The first layer of every model: maps pixels from [0, 1] to the range it was trained on.
+
+    As a part of the model it can't be forgotten, applied twice, or differ between training and
+    test.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map 0 to `low` and 1 to `high`."""
+        return images * (self.high - self.low) + self.low
+
+
+class Classifier(nn.Module):
+    """What all models share: normalization and test-time augmentation.
+
+    Args:
+        pixel_range: the range that the layers behind `Normalize` are trained on.
+        tta_flip: in eval mode, average the logits with those of the mirrored image.
+        tta_shift: in eval mode, average with those of the image shifted by so many pixels up,
+            down, left and right; 0 for none.
+    """
+
+    def __init__(
+        self,
+        pixel_range: tuple[float, float] = COURSE_RANGE,
+        tta_flip: bool = False,
+        tta_shift: int = 0,
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(*pixel_range)
+        self.tta_flip, self.tta_shift = tta_flip, tta_shift
+
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """The range that pixels are mapped to, (low, high)."""
+        return self.normalize.low, self.normalize.high
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, [N, 3], of images, float32 [N, 3, 32, 32] in [0, 1]."""
+        if self.training:
+            return self.single_view(images)
+        return torch.stack([self.single_view(view) for view in self.views(images)]).mean(dim=0)
+
+    def single_view(self, images: Tensor) -> Tensor:
+        """Return logits, [N, 3], of images in [0, 1], without test-time augmentation."""
+        return self.logits(self.normalize(images))
+
+    def views(self, images: Tensor) -> list[Tensor]:
+        """Return what test-time augmentation makes of the images, themselves first."""
+        views, shift = [images], self.tta_shift
+        if shift:
+            height, width = images.shape[-2:]
+            padded = F.pad(images, [shift] * 4, mode="reflect")
+            views += [
+                padded[..., top : top + height, left : left + width]
+                for top, left in ((0, shift), (2 * shift, shift), (shift, 0), (shift, 2 * shift))
+            ]
+        if self.tta_flip:
+            views += [view.flip(-1) for view in views]
+        return views
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits, [N, 3], of normalized images."""
+        raise NotImplementedError
+
+
+class CourseNet(Classifier):
+    """The course's CNN: two convolutions and three linear layers, 66,171 parameters.
+
+    LeCun et al., "Gradient-based learning applied to document recognition" (1998), with ReLU,
+    max pooling and dropout. The names of the layers are the course's own.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=5)  # 32x32 -> 28x28, pooled to 14x14
+        self.conv2 = nn.Conv2d(16, 16, kernel_size=5)  # 14x14 -> 10x10, pooled to 5x5
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, len(CLASS_NAMES))
+        self.dropout = nn.Dropout(0.5)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits, [N, 3], of normalized images."""
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = x.flatten(start_dim=1)
+        x = self.dropout(F.relu(self.fc1(x)))
+        x = self.dropout(F.relu(self.fc2(x)))
+        return self.fc3(x)
+
+
+class SmallVGG(Classifier):
+    """A small VGG (Simonyan and Zisserman, 2015): seven convolutions, 0.3 million parameters.
+
+    Stages of two 3x3 convolutions, each stage with half the resolution and twice the channels of
+    the one before. The first batch normalization (Ioffe and Szegedy, 2015) of a stage follows the
+    pooling, where it has a quarter of the work.
+    """
+
+    WIDTHS = (16, 32, 64, 128)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stem = nn.Conv2d(3, self.WIDTHS[0], kernel_size=2)  # 32x32 -> 31x31
+        self.stages = nn.Sequential(  # 31x31 -> 15x15 -> 7x7 -> 3x3
+            *(self._stage(*widths) for widths in itertools.pairwise(self.WIDTHS))
+        )
+        self.head = nn.Linear(self.WIDTHS[-1], len(CLASS_NAMES))
+
+    @staticmethod
+    def _stage(width_in: int, width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(width_in, width, kernel_size=3, padding=1, bias=False),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits, [N, 3], of normalized images."""
+        x = self.stages(F.relu(self.stem(x)))
+        return self.head(x.amax(dim=(2, 3)))
+
+
+NETWORKS: dict[str, type[Classifier]] = {"CourseNet": CourseNet, "SmallVGG": SmallVGG}
+
+
+def build_model(
+    network: str = "CourseNet",
+    pixel_range: tuple[float, float] = COURSE_RANGE,
+    tta_flip: bool = False,
+    tta_shift: int = 0,
+) -> Classifier:
+    """Return a new model of a network in NETWORKS.
+
+    Its weights are stored channels last: a training step is 15% faster that way on a CPU.
+    """
+    model = NETWORKS[network](pixel_range, tta_flip, tta_shift)
+    return model.to(memory_format=torch.channels_last)
+
+
+def with_pixel_range(model: Classifier, pixel_range: tuple[float, float]) -> Classifier:
+    """Return a copy of the model that is fed pixels in another range: the bug of step 3g."""
+    other = copy.deepcopy(model)
+    other.normalize = Normalize(*pixel_range)
+    return other
+
+
+def predict_logits(model: Classifier, images: Tensor, tta: bool = True) -> Tensor:
+    """Return the logits, float32 [N, 3] on the CPU, of images, uint8 or float in [0, 1].
+
+    The model predicts in eval mode and is left in the mode that it was in. Without `tta`, it
+    looks at one view of each image only, which is faster.
+    """
+    forward = model if tta else model.single_view
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    logits = []
+    with torch.no_grad():
+        for batch in images.split(PREDICTION_BATCH):
+            batch = to_float(batch) if batch.dtype == torch.uint8 else batch
+            logits.append(forward(batch.to(device)).cpu())
+    model.train(was_training)
+    return torch.cat(logits)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    path: Path,
+    model: Classifier,
+    metadata: dict[str, Any],
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write a model's weights and settings, and where it came from.
+
+    Args:
+        metadata: recipe, seed and data: numbers, short texts, lists and dicts of them.
+        training: what `load_training` gives back, so that the training can go on.
+    """
+    content = {
+        "model_state_dict": {name: w.detach().cpu() for name, w in model.state_dict().items()},
+        "network": type(model).__name__,
+        "pixel_range": model.pixel_range,
+        "tta_flip": model.tta_flip,
+        "tta_shift": model.tta_shift,
+        "metadata": metadata,
+        "training": training or {},
+    }
+    buffer = io.BytesIO()  # torch.save answers a full disk with an error of its own
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+def load_checkpoint(
+    file: Path | io.BytesIO, pixel_range: tuple[float, float] | None = None, name: str = ""
+) -> tuple[Classifier, dict[str, Any]]:
+    """Rebuild a model from its checkpoint alone: one of ours, or a bare one of the course.
+
+    Args:
+        file: the checkpoint's path, or its content.
+        pixel_range: the range that a bare checkpoint was trained on; None means [-1, 1].
+        name: what messages call the file; its path if empty.
+
+    Returns:
+        the model in eval mode, and the checkpoint's metadata ({} for a bare one).
+
+    Raises:
+        UserError: no such file, not a checkpoint, weights of another network, or a pixel range
+            given for a checkpoint that has its own.
+    """
+    name = name or str(file)
+    content = _read(file, name)
+    own_range = _pixel_range_of(content, name)
+    if own_range and pixel_range:
+        text = "{:g},{:g}".format(*own_range)
+        raise UserError(f"{name}: has its own pixel range, {text}; leave --pixel-range out")
+    model = build_model(
+        _network_of(content, name),
+        own_range or pixel_range or COURSE_RANGE,
+        content.get("tta_flip") is True,
+        _tta_shift_of(content, name),
+    )
+    weights = _weights_of(content, name)
+    _check_weights(weights, model, name)
+    model.load_state_dict(weights)
+    return model.eval(), _metadata_of(content, name)
+
+
+def is_bare(file: Path | io.BytesIO, name: str = "") -> bool:
+    """Tell whether a checkpoint holds weights only, so that its pixel range is not known."""
+    return "pixel_range" not in _read(file, name or str(file))
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """Return what `save_checkpoint` was given as `training`."""
+    training = _read(path, str(path)).get("training")
+    return training if isinstance(training, dict) else {}
+
+
+def describe_checkpoint(metadata: dict[str, Any]) -> str:
+    """Say in a few words how a checkpoint came about."""
+    recipe, data = metadata.get("recipe"), metadata.get("trained_on")
+    if not isinstance(recipe, dict) or not isinstance(data, dict):
+        return "of unknown training"
+    values = (recipe.get("name"), recipe.get("epochs"), metadata.get("seed"), data.get("name"))
+    name, epochs, seed, trained_on = (" ".join(str(value)[:60].split()) for value in values)
+    return f"recipe {name}, {epochs} epochs, seed {seed}, trained on {trained_on}"
+
+
+def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
+    """Read a file of torch.save that holds no code, and is not larger inside than outside."""
+    in_memory = isinstance(file, io.BytesIO)
+    raw = file.getvalue() if in_memory else cli.read_bytes(file, LARGEST_FILE)
+    try:
+        if zipfile.is_zipfile(io.BytesIO(raw)):
+            members = zipfile.ZipFile(io.BytesIO(raw)).infolist()
+            if sum(member.file_size for member in members) > len(raw):
+                raise ValueError("compressed, which torch.save never does")
+        with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
+            content = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
+    except Exception as error:  # a broken or hostile file can fail in any way
+        raise UserError(f"{name}: not a file of torch.save, cut short, or not safe") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: holds no dict of weights; save the model's state_dict()")
+    return content
+
+
+def _weights_of(content: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """Return the state dict, under whatever key and prefixes common tools leave it."""
+    keys = ("model_state_dict", "state_dict", "model", "net")
+    weights = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
+    if not any(isinstance(weight, Tensor) for weight in weights.values()):
+        raise UserError(f"{name}: holds no weights under 'model_state_dict' or at its top level")
+    for prefix in ("module.", "_orig_mod.", "model.", "net.") * 2:  # DDP, compile, Lightning
+        if all(isinstance(key, str) and key.startswith(prefix) for key in weights):
+            weights = {key.removeprefix(prefix): weight for key, weight in weights.items()}
+    return weights
+
+
+def _check_weights(weights: dict[str, Any], model: Classifier, name: str) -> None:
+    """Refuse weights of another network, naming the first that does not fit."""
+    expected = model.state_dict()
+    for key in [*expected, *weights]:
+        ours, theirs = _shape_of(expected.get(key)), _shape_of(weights.get(key))
+        if ours != theirs:
+            kind = type(model).__name__
+            raise UserError(
+                f"{name}: {cli.show(key)} is {theirs}, but {kind} has {ours}: not its weights"
+            )
+    if not all(torch.isfinite(weight.float()).all() for weight in weights.values()):
+        raise UserError(f"{name}: has weights that are NaN or infinite: its training diverged")
+
+
+def _shape_of(weight: Any) -> str:
+    """Describe a weight by its shape; whatever is not a plain dense tensor is named so."""
+    if weight is None:
+        return "missing"
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
+    if (
+        not isinstance(weight, Tensor)
+        or weight.layout != torch.strided
+        or weight.is_meta
+        or weight.is_nested
+        or weight.dtype not in dtypes
+    ):
+        return "not a plain tensor of numbers"
+    return str(list(weight.shape))
+
+
+def _network_of(content: dict[str, Any], name: str) -> str:
+    network = content.get("network", "CourseNet")
+    if not isinstance(network, str) or network not in NETWORKS:
+        known = ", ".join(NETWORKS)
+        raise UserError(f"{name}: network is {cli.show(network)}; known are {known}")
+    return network
+
+
+def _pixel_range_of(content: dict[str, Any], name: str) -> tuple[float, float] | None:
+    """Return the checkpoint's own pixel range, None for a bare one."""
+    if "pixel_range" not in content:
+        return None
+    values = content["pixel_range"]
+    if (
+        isinstance(values, Sequence)
+        and len(values) == 2
+        and all(type(value) in (int, float) and abs(value) <= LARGEST_PIXEL for value in values)
+    ):
+        return float(values[0]), float(values[1])
+    right = f"two numbers from -{LARGEST_PIXEL} to {LARGEST_PIXEL}"
+    raise UserError(f"{name}: pixel_range is {cli.show(values)}; it must be {right}")
+
+
+def _tta_shift_of(content: dict[str, Any], name: str) -> int:
+    shift = content.get("tta_shift", 0)
+    if type(shift) is not int or not 0 <= shift <= LARGEST_TTA_SHIFT:
+        right = f"a whole number from 0 to {LARGEST_TTA_SHIFT}"
+        raise UserError(f"{name}: tta_shift is {cli.show(shift)}; it must be {right}")
+    return shift
+
+
+def _metadata_of(content: dict[str, Any], name: str) -> dict[str, Any]:
+    metadata = content.get("metadata", {})
+    if not isinstance(metadata, dict) or not _is_plain(metadata):
+        raise UserError(f"{name}: its metadata must be numbers, short texts, lists and dicts")
+    return metadata
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is small and would survive JSON."""
+    items, count = [(value, 0)], 0
+    while items:
+        item, depth = items.pop()
+        if isinstance(item, dict) and all(isinstance(key, str) for key in item):
+            item = [*item.keys(), *item.values()]
+        if isinstance(item, list | tuple):
+            count += len(item)  # a small file can hold the same list a thousand times
+            if count > 1000 or depth > 4:
+                return False
+            items += [(each, depth + 1) for each in item]
+        elif isinstance(item, str):
+            if len(item) > 1000:
+                return False
+        elif type(item) not in (bool, float, int, type(None)) or abs(item or 0) >= 2**63:
+            return False
+    return True

@@ -1,0 +1,453 @@
+"""How a model is trained: the loop, and what it uses: samplers, augmentation, optimizers."""
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from common import metrics
+from common.attacks import trades_perturbation
+from common.data import CLASS_NAMES, Dataset, duplicate_groups, to_float
+from common.model import Classifier, autocast, build_model, predict_logits
+from common.recipes import Recipe
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+IGNORE_INDEX = -1  # in place of a label that is not to be learned
+WARMUP = 0.1  # fraction of a run in which warmup-cosine raises the learning rate
+MAX_SHIFT = 4  # pixels that a random crop moves an image by, at most
+FOLDS = 4  # an even number keeps two cores busy to the end
+
+# ---- the loop -------------------------------------------------------------------------------
+
+
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    seed: int,
+    device: torch.device,
+    after_epoch: Callable[["Run", list[float]], None] = lambda run, losses: None,
+    state: dict[str, Any] | None = None,
+) -> Classifier:
+    """Train a new model to the recipe's last epoch.
+
+    The whole set is in the device's memory, and a batch is an index into it. All that is random
+    in an epoch follows from the seed and the epoch's number, so that a run that goes on from a
+    saved state ends like one that never stopped.
+
+    Args:
+        dataset: images whose label is IGNORE_INDEX are left out.
+        after_epoch: called with the run and the losses of the epoch's steps.
+        state: of an earlier run with the same arguments, to go on from.
+
+    Returns:
+        the model of the last epoch, in eval mode: to choose an epoch by its score would flatter
+        that score.
+    """
+    torch.set_num_threads(recipe.threads)  # so that any machine adds numbers in the same order
+    torch.manual_seed(seed)
+    kept = dataset.subset(torch.nonzero(dataset.labels != IGNORE_INDEX).flatten())
+    images, labels = kept.images.to(device), kept.labels.to(device)
+    order = draw_indices(recipe, kept.labels).to(device)
+    run = Run(recipe, len(kept), device)
+    if state:
+        run.load_state_dict(state)
+    prior = sampled_prior(recipe, kept.labels).clamp(min=1e-9)  # a fold may lack a class
+    log_prior = (recipe.logit_adjustment * prior.log()).to(device)
+
+    while run.epoch < recipe.epochs:
+        torch.manual_seed(1_000_003 * seed + run.epoch)  # far apart for any two seeds
+        run.model.train()
+        losses = []
+        for index in order[run.epoch].split(recipe.batch_size):
+            batch = augment(images[index], recipe, run.epoch)
+            loss = compute_loss(run.model, batch, labels[index], recipe, log_prior)
+            for optimizer in run.optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer, scheduler in zip(run.optimizers, run.schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
+            if run.ema:
+                run.ema.update_parameters(run.model)
+            losses.append(loss.detach())
+        run.epoch += 1
+        after_epoch(run, torch.stack(losses).tolist())
+    return run.result
+
+
+class Run:
+    """What changes while a model is trained, so that it can be saved and loaded as a whole.
+
+    Attributes:
+        epoch: number of epochs done.
+        model: the model in training.
+        ema: the exponential moving average of its weights, if the recipe has one.
+    """
+
+    def __init__(self, recipe: Recipe, count: int, device: torch.device) -> None:
+        self.epoch = 0
+        self.model = build_model(
+            recipe.network, tta_flip=recipe.tta_flip, tta_shift=recipe.tta_shift
+        ).to(device)
+        self.ema = None
+        if recipe.ema_decay:
+            average = get_ema_multi_avg_fn(recipe.ema_decay)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.optimizers = make_optimizers(self.model, recipe)
+        steps = math.ceil(count / recipe.batch_size)
+        self.schedulers = [make_scheduler(each, recipe, steps) for each in self.optimizers]
+
+    @property
+    def result(self) -> Classifier:
+        """The model that counts, in eval mode: the average, if there is one."""
+        return (self.ema.module if self.ema else self.model).eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to go on."""
+        parts = [self.model, *self.optimizers, *self.schedulers, *([self.ema] if self.ema else [])]
+        return {"epoch": self.epoch, "parts": [part.state_dict() for part in parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        parts = [self.model, *self.optimizers, *self.schedulers, *([self.ema] if self.ema else [])]
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        self.epoch = state["epoch"]
+
+
+def compute_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, log_prior: Tensor
+) -> Tensor:
+    """Return the loss of a batch: cross-entropy of adjusted logits, and TRADES if the recipe says.
+
+    Args:
+        images: float in [0, 1], [B, 3, 32, 32].
+        labels: int64 [B].
+        log_prior: added to the logits, [C]: logit adjustment (Menon et al., 2021). Classes that
+            are drawn less are so learned as if all were equally frequent.
+    """
+    if not recipe.epsilon:
+        with autocast(images.device):
+            logits = model(images).float()
+        return F.cross_entropy(logits + log_prior, labels)
+    attacked = trades_perturbation(model, images, recipe.epsilon)
+    with autocast(images.device):  # as one batch, so that batch norm sees both kinds of images
+        logits, attacked_logits = model(torch.cat([images, attacked])).float().chunk(2)
+    divergence = F.kl_div(
+        attacked_logits.log_softmax(dim=1), logits.softmax(dim=1), reduction="batchmean"
+    )
+    return F.cross_entropy(logits + log_prior, labels) + recipe.trades_beta * divergence
+
+
+# ---- samplers: which images an epoch draws ----------------------------------------------------
+
+
+def draw_indices(recipe: Recipe, labels: Tensor) -> Tensor:
+    """Return the images of all epochs in the order in which they are drawn, int64 [epochs, N]."""
+    if recipe.sampler == "balanced":
+        return draw_balanced(labels, recipe.epochs * len(labels)).view(recipe.epochs, -1)
+    if recipe.sampler == "weighted":
+        weights = (sampled_prior(recipe, labels) / torch.bincount(labels, minlength=3))[labels]
+        drawn = torch.multinomial(weights, recipe.epochs * len(labels), replacement=True)
+        return drawn.view(recipe.epochs, -1)
+    return torch.stack([torch.randperm(len(labels)) for _ in range(recipe.epochs)])
+
+
+def draw_balanced(labels: Tensor, count: int) -> Tensor:
+    """Draw `count` images, always from the class that was drawn least so far, int64 [count].
+
+    Ties are broken evenly: in each round, every class comes once, in random order. Within a class,
+    images are drawn with replacement.
+    """
+    classes = labels.unique()
+    rounds = torch.rand(-(-count // len(classes)), len(classes)).argsort(dim=1)
+    drawn = classes[rounds].flatten()[:count]
+    index = torch.empty_like(drawn)
+    for label in classes:
+        members, places = torch.nonzero(labels == label)[:, 0], torch.nonzero(drawn == label)[:, 0]
+        index[places] = members[torch.randint(len(members), (len(places),))]
+    return index
+
+
+def sampled_prior(recipe: Recipe, labels: Tensor) -> Tensor:
+    """Return the fraction of each class among the images that the sampler draws, [C]."""
+    counts = torch.bincount(labels, minlength=len(CLASS_NAMES)).float()
+    exponent = {"shuffle": 1.0, "balanced": 0.0, "weighted": recipe.sampling_exponent}
+    weights = counts ** exponent[recipe.sampler]
+    return weights / weights.sum()
+
+
+# ---- augmentation: each image on its own (torchvision's v2 transforms alter a batch alike) ----
+
+
+def augment(images: Tensor, recipe: Recipe, epoch: int) -> Tensor:
+    """Return a batch of uint8 images as float in [0, 1], altered as the recipe says."""
+    images = to_float(images)
+    if recipe.augment_from is not None and epoch >= recipe.augment_from:
+        images = random_flip_and_crop(images)
+    if recipe.color_jitter:
+        images = color_jitter(images, recipe.color_jitter)
+    if recipe.cutout:
+        images = cutout(images, recipe.cutout)
+    return images
+
+
+def random_flip_and_crop(images: Tensor) -> Tensor:
+    """Mirror half of the images, [B, C, H, W], and shift each by up to MAX_SHIFT pixels.
+
+    The border is filled by reflection, as in a random crop of a padded image.
+    """
+    count, _, height, width = images.shape
+    padded = F.pad(images, [MAX_SHIFT] * 4, mode="reflect")
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # all crops, as views
+    top, left = torch.randint(2 * MAX_SHIFT + 1, (2, count), device=images.device)
+    cropped = windows[torch.arange(count, device=images.device), :, top, left]
+    mirrored = torch.rand(count, 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, cropped.flip(3), cropped)
+
+
+def color_jitter(images: Tensor, strength: float) -> Tensor:
+    """Change brightness, contrast and color balance of each image at random.
+
+    Args:
+        images: float in [0, 1], [B, 3, H, W].
+        strength: contrast is multiplied by 1 - strength to 1 + strength; brightness shifts by up
+            to strength / 2, and each channel by up to strength / 2 of the image's mean.
+    """
+
+    def uniform(low: float, high: float, channels: int = 1) -> Tensor:
+        return torch.empty(len(images), channels, 1, 1, device=images.device).uniform_(low, high)
+
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    contrast = uniform(1 - strength, 1 + strength)
+    balance = uniform(1 - strength / 2, 1 + strength / 2, channels=3)
+    brightness = uniform(-strength / 2, strength / 2)
+    # (images - mean) * contrast + mean * balance + brightness, in one pass over the pixels
+    return torch.addcmul(mean * (balance - contrast) + brightness, images, contrast).clamp_(0, 1)
+
+
+def cutout(images: Tensor, size: int) -> Tensor:
+    """Gray out a square of each image, which may stick out of it (DeVries and Taylor, 2017).
+
+    Args:
+        images: float in [0, 1], [B, C, H, W].
+        size: of the square's sides, in pixels.
+    """
+    count, _, height, width = images.shape
+    before_center, inside = (size - 1) // 2, []
+    for side in (height, width):
+        center = torch.randint(side, (count, 1), device=images.device)
+        start = center - before_center
+        places = torch.arange(side, device=images.device)
+        inside.append((places >= start) & (places < start + size))
+    rows, columns = inside
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.5)
+
+
+# ---- optimizers -----------------------------------------------------------------------------
+
+
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return Adam for all weights, or Muon for matrices and filters and AdamW for biases and norms.
+
+    Muon's author leaves the first and the last layer to another optimizer, too. Here that loses
+    0.03 of G-mean (docs/ablations.md).
+    """
+    weights, rate = list(model.parameters()), recipe.learning_rate
+    if recipe.optimizer == "adam":
+        return [torch.optim.Adam(weights, rate, weight_decay=recipe.weight_decay, fused=True)]
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    vectors = [weight for weight in weights if weight.ndim == 1]
+    return [
+        Muon(matrices, rate, recipe.weight_decay),
+        torch.optim.AdamW(vectors, rate, weight_decay=0.0, fused=True),
+    ]
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the recipe's schedule of the learning rate, to be advanced at each step."""
+    if recipe.schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(
+            optimizer, recipe.step_size * steps_per_epoch, recipe.gamma
+        )
+    total = recipe.epochs * steps_per_epoch
+    factor = warmup_cosine if recipe.schedule == "warmup-cosine" else lambda progress: 1.0
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor((step + 0.5) / total))
+
+
+def warmup_cosine(progress: float) -> float:
+    """Return the factor of the learning rate: up linearly, then down along half a cosine.
+
+    Args:
+        progress: fraction of the run that is over.
+    """
+    decay = max(0.0, progress - WARMUP) / (1 - WARMUP)
+    return min(progress / WARMUP, (1 + math.cos(math.pi * decay)) / 2)
+
+
+class Muon(torch.optim.Optimizer):
+    """Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
+
+    Momentum, then a step in which all singular values of a layer's update are about the same, so
+    that what is rare is learned as fast as what dominates the gradient. A convolution's filters
+    are the rows of one matrix (torch.optim.Muon takes no convolutions). The step is as large as a
+    typical one of Adam's (Liu et al., "Muon is scalable for LLM training", 2025).
+    """
+
+    MOMENTUM = 0.95
+    ADAM_RMS = 0.2  # root mean square of a typical Adam step, in learning rates
+
+    def __init__(self, weights: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all weights once."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                momentum.lerp_(weight.grad, 1 - self.MOMENTUM)
+                nesterov = weight.grad.lerp(momentum, self.MOMENTUM)
+                update = orthogonalize(nesterov.flatten(start_dim=1)).view_as(weight)
+                scale = self.ADAM_RMS * max(weight.flatten(start_dim=1).shape) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(update, alpha=group["lr"] * scale)
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Return a matrix with the same singular vectors and singular values of about 1.
+
+    By the Newton-Schulz iteration with Jordan's coefficients, which takes values from (0, 1] to
+    between 0.7 and 1.2 in five rounds.
+    """
+    if matrix.shape[0] > matrix.shape[1]:  # the products below are of the shorter side's size
+        return orthogonalize(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+# ---- several models at once -----------------------------------------------------------------
+
+
+def cross_val_logits(
+    recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, keep: Tensor | None = None
+) -> Tensor:
+    """Return out-of-fold logits, [N, C]: of each image by a model that was not trained on it.
+
+    Near-duplicates of an image are never in its model's training set either.
+
+    Args:
+        keep: images that may be trained on, bool [N]; None for all.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold  # takes seconds to import
+
+    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    groups = duplicate_groups(dataset.images)
+    keep = torch.ones(len(dataset), dtype=torch.bool) if keep is None else keep
+    folds = [
+        (torch.from_numpy(inside)[keep[inside]], torch.from_numpy(outside))
+        for inside, outside in splitter.split(dataset.images, dataset.labels, groups)
+    ]
+    jobs = [
+        (recipe, dataset.subset(inside), dataset.images[outside], seed, device)
+        for inside, outside in folds
+    ]
+    logits = torch.empty(len(dataset), len(CLASS_NAMES))
+    results = parallel_map(train_and_predict, jobs, device, "folds")
+    for (_, outside), logits_of_fold in zip(folds, results, strict=True):
+        logits[outside] = logits_of_fold
+    return logits
+
+
+def train_and_predict(
+    recipe: Recipe, dataset: Dataset, images: Tensor, seed: int, device: torch.device
+) -> Tensor:
+    """Train a model; return its logits, [N, C], for other images."""
+    return predict_logits(train(recipe, dataset, seed, device), images)
+
+
+def filter_labels(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> Dataset:
+    """Return the data set with IGNORE_INDEX in place of labels that are probably wrong.
+
+    Args:
+        recipe: of the models that estimate, out of fold, how likely each label is wrong.
+    """
+    logits = cross_val_logits(recipe, dataset, seed, device)
+    trusted = torch.from_numpy(metrics.trusted_labels(logits, dataset.labels))
+    return replace(dataset, labels=dataset.labels.where(trusted, IGNORE_INDEX))
+
+
+def parallel_map(
+    function: Callable[..., Any],
+    jobs: Sequence[tuple[Any, ...]],
+    device: torch.device,
+    description: str,
+    threads: int = 1,
+) -> Iterator[Any]:
+    """Yield `function(*job)` for each job, in order; on a CPU as many at once as its cores allow.
+
+    Args:
+        function: of a module, not nested, so that other processes find it.
+        threads: that a job computes with. (A single one never waits for another, so it does not
+            stall beside other busy processes.)
+    """
+    workers = min(len(jobs), _core_count() // threads) if device.type == "cpu" else 1
+    bar = {"total": len(jobs), "desc": description, "leave": False}
+    if workers <= 1 or multiprocessing.parent_process():  # a worker's siblings keep all cores busy
+        bar["disable"] = True if len(jobs) == 1 or multiprocessing.parent_process() else None
+        for job in tqdm(jobs, **bar):
+            yield _call(function, threads, job)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    futures = [pool.submit(_call, function, threads, job) for job in jobs]
+    try:
+        for future in tqdm(futures, disable=None, **bar):
+            yield future.result()
+    except BaseException:  # Ctrl-C included: nothing is worth waiting for
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _core_count() -> int:
+    return getattr(os, "process_cpu_count", os.cpu_count)() or 1  # Python 3.13 knows its own share
+
+
+def _call(function: Callable[..., Any], threads: int, job: tuple[Any, ...]) -> Any:
+    """Call the function, and leave the number of threads as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return function(*job)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,0 +1,1 @@
+"""Scripts that prepare a data set in the course's own form."""

@@ -1,0 +1,463 @@
+import io
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict
+
+from common.cli import UserError
+from common.data import open_data, to_float
+from common.metrics import evaluate
+from common.model import (
+    COURSE_RANGE,
+    NETWORKS,
+    Normalize,
+    build_model,
+    choose_device,
+    describe_checkpoint,
+    is_bare,
+    load_checkpoint,
+    load_training,
+    predict_logits,
+    save_checkpoint,
+    with_pixel_range,
+)
+from common.recipes import BEST
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import COURSE_DATA, make_dataset, needs_course_data
+from torch import nn
+
+IMAGES = make_dataset(counts=(4, 2, 2)).images
+
+
+class CourseScript(nn.Module):
+    """The network as a student's own script has it: no normalization, pixels in [-1, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(16, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        x = x.view(-1, 16 * 5 * 5)
+        x = self.dropout(F.relu(self.fc1(x)))
+        x = self.dropout(F.relu(self.fc2(x)))
+        return self.fc3(x)
+
+
+def new_model(*arguments, **settings):
+    torch.manual_seed(0)
+    return build_model(*arguments, **settings).eval()
+
+
+# ---- networks ---------------------------------------------------------------------------------
+
+
+def test_weights_load_in_the_courses_script_and_give_the_same_logits_on_its_pixels(tmp_path):
+    model = new_model()
+    save_checkpoint(tmp_path / "ours.ckpt", model, {})
+    script = CourseScript().eval()
+    content = torch.load(tmp_path / "ours.ckpt", weights_only=True)
+    script.load_state_dict(content["model_state_dict"])
+    assert sum(weight.numel() for weight in model.parameters()) == 66_171
+    pixels = to_float(IMAGES)
+    assert torch.allclose(model(pixels), script(2 * pixels - 1), atol=1e-5)
+
+
+def test_dropout_acts_in_training_as_in_the_courses_script():
+    model, script = new_model().train(), CourseScript().train()
+    script.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    logits = model(to_float(IMAGES))
+    torch.manual_seed(1)
+    assert torch.allclose(logits, script(2 * to_float(IMAGES) - 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-0.5, 3.0)])
+def test_normalize_maps_0_and_1_to_the_range(low, high):
+    pixels = torch.tensor([0.0, 1.0, 0.25])
+    expected = [low, high, low + 0.25 * (high - low)]
+    assert Normalize(low, high)(pixels).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_network_learns_in_every_weight_and_does_not_mix_images(network):
+    model = new_model(network)
+    logits = model(to_float(IMAGES))
+    assert logits.shape == (8, 3)
+    assert torch.allclose(model(to_float(IMAGES[3:4])), logits[3:4], atol=1e-5)
+    logits.square().sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in model.parameters())
+
+
+def test_small_vgg_is_small():
+    assert 250_000 < sum(w.numel() for w in build_model("SmallVGG").parameters()) < 350_000
+
+
+def test_with_pixel_range_feeds_a_copy_other_pixels():
+    model = new_model()
+    other, pixels = with_pixel_range(model, (0.0, 1.0)), to_float(IMAGES)
+    assert torch.allclose(other(pixels), model((pixels + 1) / 2), atol=1e-6)
+    assert (model.pixel_range, other.pixel_range) == ((-1, 1), (0, 1))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_test_time_augmentation_is_the_mean_over_shifted_and_mirrored_views(network, flip, shift):
+    model = new_model(network, tta_flip=flip, tta_shift=shift)
+    plain = new_model(network)
+    plain.load_state_dict(model.state_dict())
+    pixels = torch.rand(4, 3, 32, 32)
+    views = [pixels]
+    for rows, columns in ((-shift, 0), (shift, 0), (0, -shift), (0, shift)) if shift else ():
+        place = [abs(i) if i < 32 else 62 - i for i in range(-shift, 32 + shift)]  # reflected
+        moved = pixels[:, :, place[shift + rows : shift + rows + 32]]
+        views.append(moved[:, :, :, place[shift + columns : shift + columns + 32]])
+    if flip:
+        views += [view.flip(-1) for view in views]
+    expected = torch.stack([plain(view) for view in views]).mean(dim=0)
+    assert torch.allclose(model(pixels), expected, atol=1e-5)
+    assert torch.equal(model.single_view(pixels), plain(pixels))
+    assert torch.equal(predict_logits(model, pixels, tta=False), plain(pixels).detach())
+    if network == "SmallVGG":  # it has no dropout: in training mode it sees the image alone
+        assert torch.equal(model.train()(pixels), plain.train()(pixels))
+
+
+# ---- prediction -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_prediction_is_in_eval_mode_and_leaves_the_model_as_it_is(training, network):
+    model = new_model(network)
+    with torch.no_grad():
+        expected = model(to_float(IMAGES))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    logits = predict_logits(model.train(training), IMAGES)
+    assert torch.allclose(logits, expected, atol=1e-6)
+    assert not logits.requires_grad
+    assert model.training is training
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_prediction_is_the_same_for_uint8_for_float_and_in_other_batches(monkeypatch):
+    model = new_model()
+    logits = predict_logits(model, IMAGES)
+    assert torch.equal(predict_logits(model, to_float(IMAGES)), logits)
+    monkeypatch.setattr("common.model.PREDICTION_BATCH", 3)
+    assert torch.allclose(predict_logits(model, IMAGES), logits, atol=1e-6)
+
+
+def test_device_that_is_not_there_is_named():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match="--device abacus: not on this machine, which has cpu"):
+        choose_device("abacus")
+
+
+# ---- checkpoints that are taken ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_checkpoint_rebuilds_its_model_alone(network, tmp_path):
+    model = new_model(network, (0.0, 1.0), tta_flip=True, tta_shift=2)
+    model.train()(torch.rand(8, 3, 32, 32))  # moves the statistics of batch norm
+    metadata = {
+        "recipe": asdict(BEST),
+        "seed": 7,
+        "trained_on": {"name": "synthetic", "class_counts": {"car": 40}},
+    }
+    training = {"history": [{"loss": 1.0}], "logits": torch.rand(2, 3)}
+    save_checkpoint(tmp_path / "it.ckpt", model, metadata, training)
+    loaded, loaded_metadata = load_checkpoint(tmp_path / "it.ckpt")
+    assert type(loaded).__name__ == network
+    assert (loaded.pixel_range, loaded.tta_flip, loaded.tta_shift) == ((0, 1), True, 2)
+    assert torch.equal(predict_logits(loaded, IMAGES), predict_logits(model, IMAGES))
+    assert not loaded.training
+    assert loaded_metadata == metadata
+    loaded_training = load_training(tmp_path / "it.ckpt")
+    assert torch.equal(loaded_training.pop("logits"), training.pop("logits"))
+    assert loaded_training == training
+    assert not is_bare(tmp_path / "it.ckpt")
+    expected = "recipe best, 30 epochs, seed 7, trained on synthetic"
+    assert describe_checkpoint(loaded_metadata) == expected
+
+
+def test_a_bare_checkpoint_is_read_in_the_range_that_it_is_said_to_have(tmp_path):
+    model, path = new_model(), tmp_path / "bare.ckpt"
+    torch.save({"model_state_dict": model.state_dict()}, path)
+    for pixel_range in (None, (-1.0, 1.0), (0.0, 1.0)):
+        loaded, metadata = load_checkpoint(path, pixel_range)
+        expected = with_pixel_range(model, pixel_range or COURSE_RANGE)
+        assert torch.equal(predict_logits(loaded, IMAGES), predict_logits(expected, IMAGES))
+        assert metadata == {}
+    assert is_bare(path)
+    assert load_training(path) == {}
+    assert describe_checkpoint({}) == "of unknown training"
+
+
+def test_a_range_for_a_checkpoint_that_has_its_own_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "it.ckpt", new_model(), {})
+    with pytest.raises(UserError, match="its own pixel range, -1,1; leave --pixel-range out"):
+        load_checkpoint(tmp_path / "it.ckpt", (-1.0, 1.0))
+
+
+def prefixed(prefix):
+    return {prefix + name: weight for name, weight in new_model().state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        prefixed(""),
+        OrderedDict(prefixed("")),
+        prefixed("module."),
+        {"model_state_dict": prefixed("_orig_mod.")},
+        {"model_state_dict": prefixed("module._orig_mod.")},
+        {"model_state_dict": prefixed("_orig_mod.module.")},
+        {"state_dict": prefixed("model."), "epoch": 3, "pytorch-lightning_version": "2.0"},
+        {"state_dict": prefixed("net."), "hyper_parameters": {"lr": 0.1}},
+        {"net": prefixed("module."), "acc": 95.0, "epoch": 199},
+        {"model": prefixed(""), "optimizer": {"state": {}}, "loss": 0.1, "best": None},
+        {"model_state_dict": {name: w.double() for name, w in prefixed("").items()}},
+        {"model_state_dict": {name: nn.Parameter(w) for name, w in prefixed("").items()}},
+        {"model_state_dict": prefixed(""), "pixel_range": [-1, 1]},
+        {"model_state_dict": prefixed(""), "pixel_range": (-1.0, 1)},
+    ],
+    ids=range(14),
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_common_tools_write_is_taken(content, zipped):
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    loaded, _ = load_checkpoint(file)
+    assert loaded.pixel_range == (-1, 1)
+    assert torch.equal(predict_logits(loaded, IMAGES), predict_logits(new_model(), IMAGES))
+
+
+@needs_course_data
+def test_the_reports_model_gives_the_reports_two_rows():
+    dev = open_data(str(COURSE_DATA)).load("dev")
+    expected = {(0.0, 1.0): (0.891, 0.779, 0.773), (-1.0, 1.0): (0.872, 0.609, 0.526)}
+    for pixel_range, row in expected.items():
+        model, _ = load_checkpoint(COURSE_DATA / "seed-model.ckpt", pixel_range)
+        scores = evaluate(dev.labels, predict_logits(model, dev.images).argmax(dim=1))
+        ours = (scores["accuracy"], scores["balanced_accuracy"], scores["g_mean"])
+        assert ours == pytest.approx(row, abs=0.0005)
+
+
+def test_a_description_is_one_short_line_whatever_the_metadata_holds():
+    metadata = {
+        "recipe": {"name": "final\nerror: all is lost", "epochs": [["x" * 900] * 9] * 9},
+        "trained_on": {"name": {"a": None}},
+    }
+    text = describe_checkpoint(metadata)
+    assert text.startswith("recipe final error: all is lost, [['xxx")
+    assert text.endswith("seed None, trained on {'a': None}")
+    assert len(text) < 300
+
+
+# ---- checkpoints that are refused -------------------------------------------------------------
+
+
+def refusal_of(content, path):
+    """Save content, load it as a checkpoint, and return the message, which must be one line."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError) as refusal:
+        load_checkpoint(path)
+    message = str(refusal.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert len(message) < len(str(path)) + 200
+    assert "weights_only" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+def with_weight(name, weight):
+    return {"model_state_dict": new_model().state_dict() | {name: weight}}
+
+
+def without(name):
+    return {key: weight for key, weight in new_model().state_dict().items() if key != name}
+
+
+PLAIN = "not a plain tensor of numbers"
+NOT_FINITE = "has weights that are NaN or infinite"
+
+
+@pytest.mark.filterwarnings("ignore")  # sparse, nested and quantized tensors may change
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: with_weight("conv1.weight", torch.zeros(8, 3, 5, 5)),
+            "'conv1.weight' is [8, 3, 5, 5], but CourseNet has [16, 3, 5, 5]",
+        ),
+        (lambda: without("fc3.bias"), "'fc3.bias' is missing, but CourseNet has [3]"),
+        (lambda: with_weight("extra", torch.zeros(1)), "'extra' is [1], but CourseNet has missing"),
+        (lambda: with_weight("fc3.bias", "text"), PLAIN),
+        (lambda: with_weight("fc3.bias", [0.0, 0.0, 0.0]), PLAIN),
+        (lambda: with_weight("fc3.bias", torch.tensor([0.0, torch.nan, 0.0])), NOT_FINITE),
+        (lambda: with_weight("fc3.bias", torch.tensor([0.0, torch.inf, 0.0])), NOT_FINITE),
+        (lambda: with_weight("fc3.bias", torch.full((3,), 1e300, dtype=torch.double)), NOT_FINITE),
+        (lambda: with_weight("fc3.bias", torch.zeros(3, device="meta")), PLAIN),
+        (lambda: with_weight("fc3.bias", torch.ones(3).to_sparse()), PLAIN),
+        (lambda: with_weight("fc3.weight", torch.ones(3, 84).to_sparse_csr()), PLAIN),
+        (lambda: with_weight("fc3.bias", torch.zeros(3).to(torch.float8_e4m3fn)), PLAIN),
+        (lambda: with_weight("fc3.bias", torch.zeros(3, dtype=torch.complex64)), PLAIN),
+        (lambda: with_weight("fc3.bias", torch.nested.nested_tensor([torch.zeros(3)])), ""),
+        (
+            lambda: with_weight(
+                "fc3.bias", torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)
+            ),
+            "",
+        ),
+        (lambda: with_weight("fc3.bias", torch.zeros(1).expand([6] * 12)), "CourseNet has [3]"),
+        (lambda: with_weight(3, torch.zeros(1)), "3 is [1]"),
+        (lambda: with_weight("\x1b[31m" * 10**6, torch.zeros(1)), "CourseNet has missing"),
+        (lambda: {"model_state_dict": {}}, "holds no weights"),
+        (lambda: {"model_state_dict": 3}, "holds no weights"),
+        (lambda: {}, "holds no weights"),
+        (lambda: [1, 2], "holds no dict of weights"),
+        (lambda: torch.zeros(3), "holds no dict of weights"),
+        (lambda: {"network": "SmallVGG", **with_weight("x", None)}, "but SmallVGG has [16, 3"),
+    ],
+    ids=range(24),
+)
+def test_weights_that_do_not_fit_are_named(make, message, tmp_path):
+    assert message in refusal_of(make(), tmp_path / "it.ckpt")
+
+
+def deep_list(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def wide_list(depth):
+    """Return lists in lists: a small file of the same list again and again, of 190**depth items."""
+    value = [0] * 190
+    for _ in range(depth - 1):
+        value = [value] * 190
+    return value
+
+
+def endless_list():
+    value = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("network", "ResNet50", "network is 'ResNet50'; known are CourseNet, SmallVGG"),
+        ("network", "\x1b]0;" + "x" * 3_000_000, "known are CourseNet, SmallVGG"),
+        ("network", ["CourseNet"], "network is of type list"),
+        ("network", 10**500, "network is a very large int"),
+        ("pixel_range", None, "must be two numbers"),
+        ("pixel_range", "01", "must be two numbers"),
+        ("pixel_range", (0.0, 0.5, 1.0), "must be two numbers"),
+        ("pixel_range", (0.0, float("nan")), "must be two numbers"),
+        ("pixel_range", (False, True), "must be two numbers"),
+        ("pixel_range", (0, 10**400), "must be two numbers"),
+        ("pixel_range", torch.zeros(1).expand([6] * 12), "must be two numbers"),
+        ("tta_shift", True, "tta_shift is True; it must be a whole number from 0 to 8"),
+        ("tta_shift", 10**18, "tta_shift is a very large int"),
+        ("tta_shift", -1, "tta_shift is -1"),
+        ("tta_shift", 9, "tta_shift is 9"),
+        ("tta_shift", 2.0, "tta_shift is 2.0"),
+        ("tta_shift", "2", "tta_shift is '2'"),
+        ("metadata", 3, "metadata must be"),
+        ("metadata", {"recipe": {"name": torch.zeros(3)}}, "metadata must be"),
+        ("metadata", {"name": "x" * 3_000_000}, "metadata must be"),
+        ("metadata", {"seed": 10**500}, "metadata must be"),
+        ("metadata", {("a", "b"): 1}, "metadata must be"),
+        ("metadata", {"list": [0] * 10_000}, "metadata must be"),
+        ("metadata", {"list": deep_list(300)}, "metadata must be"),
+        ("metadata", {"list": wide_list(4)}, "metadata must be"),
+        ("metadata", {"list": endless_list()}, "metadata must be"),
+    ],
+    ids=range(26),
+)
+def test_spoiled_fields_are_named(field, value, message, tmp_path):
+    content = {"model_state_dict": new_model().state_dict(), field: value}
+    assert message in refusal_of(content, tmp_path / "it.ckpt")
+
+
+class Intruder:
+    """A pickle of it makes a folder when it is loaded without care."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def saved(content, **settings):
+    file = io.BytesIO()
+    torch.save(content, file, **settings)
+    return file.getvalue()
+
+
+def compressed(raw):
+    """Return the same zip file with its members compressed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as source, zipfile.ZipFile(file, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name), zipfile.ZIP_DEFLATED)
+    return file.getvalue()
+
+
+def test_what_is_not_a_safe_whole_file_of_torch_save_is_refused(tmp_path):
+    path, folder = tmp_path / "it.ckpt", tmp_path / "broken-into"
+    whole = saved({"model_state_dict": new_model().state_dict()})
+    bomb = compressed(saved({"model_state_dict": {"x": torch.zeros(10_000_000)}}))
+    assert len(bomb) < 100_000
+    files = [
+        b"",
+        b"just some text\n",
+        b"PK\x03\x04 cut short",
+        whole[: len(whole) // 2],
+        whole[:-30],
+        bomb,
+        pickle.dumps({"model_state_dict": Intruder(folder)}),
+        pickle.dumps({"model_state_dict": {"fc3.bias": [0.0]}}, protocol=4)[:20],
+        saved({"model_state_dict": Intruder(folder)}),
+        saved({"model_state_dict": Intruder(folder)}, _use_new_zipfile_serialization=False),
+        saved(new_model()),  # a whole module: a pickle that names classes
+        b"\x80\x02" + b"]" + b"r" + struct.pack("<I", 2**27) + b".",
+    ]
+    for content in files:
+        assert refusal_of(content, path) == "not a file of torch.save, cut short, or not safe"
+    assert not folder.exists()
+
+
+def test_files_that_can_not_be_read_are_named(tmp_path):
+    for path, reason in ((tmp_path / "missing", "No such file"), (tmp_path, "Is a directory")):
+        for load in (load_checkpoint, load_training, is_bare):
+            with pytest.raises(UserError, match=f"^{path}: {reason}"):
+                load(path)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(UserError, match="large: is larger than 256 MB"):
+        load_checkpoint(tmp_path / "large")
+    with pytest.raises(UserError, match=r"^a.zip/it.ckpt: not a file of torch.save"):
+        load_checkpoint(io.BytesIO(b"text"), name="a.zip/it.ckpt")
