@@ -18,7 +18,7 @@ from common import cli, plots
 from common.data import CLASS_NAMES, Dataset, describe, open_data, to_float
 from common.model import build_model, choose_device
 from common.recipes import NAIVE, Recipe, with_epochs
-from common.train import compute_loss, draw_balanced, make_optimizers, parallel_map, train
+from common.train import compute_loss, draw_balanced, make_optimizer, parallel_map, train
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ def range_test(
     model is trained; the model itself stays as it is.
     """
     model = copy.deepcopy(model).train()
-    (optimizer,) = make_optimizers(model, recipe)
+    optimizer = make_optimizer(model, recipe)
     log_prior = torch.zeros(len(CLASS_NAMES), device=device)  # no logit adjustment
     order = draw_balanced(dataset.labels, len(RANGE_TEST_RATES) * recipe.batch_size)
     losses: list[float] = []

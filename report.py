@@ -14,6 +14,7 @@ import argparse
 import base64
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +38,7 @@ from common.metrics import SCORE_TITLES
 from common.model import choose_device, describe_checkpoint, load_checkpoint
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
@@ -246,11 +247,10 @@ class Report:
 
     def write_page(self) -> Path:
         """Write the page; return its path."""
-        files = Files(self.folder / "steps", [step.name for step in self.steps])
         path = self.folder / "index.html"
-        facts = {name: getattr(self, name) for name in ("data", "steps", "seconds", "versions")}
-        facts |= {"arguments": self.arguments, "about": self.about(), "machine": describe_machine()}
-        text = render(files, **facts)
+        facts = {name: getattr(self, name) for name in ("arguments", "data", "steps", "seconds")}
+        facts |= {"versions": self.versions, "machine": describe_machine(), "about": self.about()}
+        text = render(Files(self.folder / "steps"), **facts)
         cli.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
         return path
 
@@ -263,38 +263,37 @@ class Report:
         corrections = read_corrections(labels, self.train)
         accepted = sum(correction.accept for correction in corrections)
         return {
-            "author": " ".join(self.arguments.author.split()),
+            "author": " ".join(self.arguments.author.split()) or "not named",
             "model": f"{path.name}, {describe_checkpoint(metadata)}",
             "settings": ", ".join(f"{key} {cli.show(value)}" for key, value in settings if value),
             "label corrections": f"{labels.name}, {accepted} of {len(corrections)} accepted",
             "command": shlex.join(["python", "report.py", *sys.argv[1:]]),
         }
 
+    def files_to_pack(self) -> dict[Path, Path]:
+        """Return what is handed in: the path in the zip file, and the file itself."""
+        found = [file for pattern in PACKED.split() for file in PROJECT.glob(pattern)]
+        files = {file.relative_to(PROJECT): file for file in found if file.is_file()}
+        for file in (self.folder / "steps").rglob("*"):
+            # Without step.json files, `make report` runs all steps again.
+            if file.suffix in (".json", ".csv") and file.name != "step.json":
+                files["report" / file.relative_to(self.folder)] = file
+        return files | {
+            Path("report/index.html"): self.folder / "index.html",
+            Path("report/model.ckpt"): Path(self.paths["checkpoint"]),
+            Path("report/label_corrections.csv"): Path(self.paths["labels"]),
+        }
+
     def pack(self, name: Path) -> Path:
         """Pack code, model, page and results into `<name>.zip`, in which all can be run again."""
-        files = {
-            f.relative_to(PROJECT): f
-            for p in PACKED.split()
-            for f in PROJECT.glob(p)
-            if f.is_file()
-        }
-        inside = Path("report")
-        files[inside / "index.html"] = self.folder / "index.html"
-        files[inside / "model.ckpt"] = Path(self.paths["checkpoint"])
-        files[inside / "label_corrections.csv"] = Path(self.paths["labels"])
-        files[inside / "steps/comparisons.json"] = self.folder / "steps/comparisons.json"
-        for step in self.steps:
-            for file in Path(self.paths[step.name]).glob("*.[cj]s[vo]*"):  # CSV and JSON
-                if file.name != "step.json":  # there, the steps are still to be run
-                    files[inside / "steps" / step.name / file.name] = file
         about = "".join(f"{key}: {value}\n" for key, value in self.about().items())
 
         def write(part: Path) -> None:
             settings = {"compression": zipfile.ZIP_DEFLATED, "strict_timestamps": False}
             with zipfile.ZipFile(part, "w", **settings) as archive:
                 archive.writestr(f"{name.name}/AUTHOR.txt", cli.clean(about))
-                for packed, file in sorted(files.items()):
-                    archive.write(file, Path(name.name) / packed)
+                for packed, file in sorted(self.files_to_pack().items()):
+                    archive.write(file, name.name / packed)
 
         path = name.with_name(f"{name.name}.zip")
         cli.remove_leftovers(path.parent)
@@ -415,16 +414,11 @@ class Files:
 
     Args:
         folder: holds one folder per step.
-        steps: names of the steps that belong to this report; others may be left from an earlier.
     """
 
-    def __init__(self, folder: Path, steps: Collection[str]) -> None:
-        self.folder, self.steps = folder, steps
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.read: dict[str, Any] = {}
-
-    def has(self, step: str) -> bool:
-        """Tell whether a step belongs to this report."""
-        return step in self.steps
 
     def value(self, file: str, path: str = "") -> Any:
         """Return what stands in a JSON file, such as recipes/training.json, at a path of keys."""
@@ -478,7 +472,7 @@ class Files:
     def figure(self, file: str, caption: str, label: str = "") -> Markup:
         """Return a figure as HTML with the image in it; nothing if no step has drawn it."""
         path = self.folder / file
-        if not path.exists() or file.split("/")[0] not in self.steps:
+        if not path.exists():
             return Markup("")
         image = path.read_bytes()
         sizes = struct.unpack(">II", image[16:24])  # a PNG's width and height
@@ -497,8 +491,9 @@ class Files:
         )
 
 
-def render(files: Files, **facts: Any) -> str:
-    """Return the page that report.html makes of files and further facts."""
+@functools.cache
+def load_template() -> Template:
+    """Return report.html, compiled."""
     environment = Environment(
         loader=FileSystemLoader(PROJECT),
         autoescape=True,
@@ -506,9 +501,14 @@ def render(files: Files, **facts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("has", "value", "count", "spread", "interval", "comparison", "figure")
+    return environment.get_template("report.html")
+
+
+def render(files: Files, **facts: Any) -> str:
+    """Return the page: report.html, filled in from the files and from further facts."""
+    names = ("value", "count", "spread", "interval", "comparison", "figure")
     helpers = {name: getattr(files, name) for name in names} | {"n": files.number}
-    return environment.get_template("report.html").render(**helpers, **facts)
+    return load_template().render(**helpers, **facts)
 
 
 # ---- options --------------------------------------------------------------------------------
@@ -523,7 +523,7 @@ def hand_in_name(text: str) -> Path:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the options."""
+    """Parse the options, and refuse those that don't go together."""
     parser = cli.make_parser(__doc__, several_seeds=True)
     parser.add_argument(
         "--full",
@@ -539,9 +539,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--hand-in", type=hand_in_name, metavar="NAME", help="pack everything into NAME.zip"
     )
-    parser.add_argument("--author", default="not named", metavar="NAME", help="of the hand-in")
+    parser.add_argument(
+        "--author", default="", metavar="NAME", help="whose work it is, for the page"
+    )
     cli.add_checkpoint_option(parser, "the model to hand in is tuned, or best with --full")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.pixel_range and not arguments.checkpoint:
+        parser.error("--pixel-range goes with --checkpoint")
+    return arguments
 
 
 def main() -> None:

@@ -275,6 +275,10 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
 
 # ---- label noise ------------------------------------------------------------------------------
 
+# A label is doubted if it is wrong with a higher probability than this. By the models' own estimate
+# about as many labels are doubted then as are wrong.
+DOUBT = 0.35
+
 
 def label_posterior(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Return P(true label | image, given label), [N, C], where some of the labels are wrong.
@@ -328,12 +332,13 @@ def fit_label_noise(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, n
 
 
 def trusted_labels(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """Return which given labels, bool [N], are the most likely true ones.
+    """Return which given labels, bool [N], are wrong with a probability of at most DOUBT.
 
     A class of which nothing would be left is trusted as a whole.
     """
     labels = np.asarray(labels)
-    return keep_classes(label_posterior(logits, labels).argmax(axis=1) == labels, labels)
+    own = label_posterior(logits, labels)[np.arange(len(labels)), labels]
+    return keep_classes(own >= 1 - DOUBT, labels)
 
 
 def keep_classes(kept: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ class Recipe:
     network: str = "CourseNet"  # a name in common.model.NETWORKS
     epochs: int = 30  # an epoch draws as many images as the training set has
     batch_size: int = 128  # the report's 4 makes an epoch 32 times as many steps
-    optimizer: str = "adam"  # or muon, with AdamW for biases and norms
+    optimizer: str = "adam"  # or muon
     learning_rate: float = 1e-3
     weight_decay: float = 0.0  # adam: L2 penalty; muon: decoupled, of matrices
     schedule: str = "constant"  # step: times gamma after each step_size epochs; or warmup-cosine
@@ -23,6 +23,7 @@ class Recipe:
     augment_from: int | None = None  # the epoch from which images are flipped and cropped
     color_jitter: float = 0.0  # strength of random brightness, contrast and color balance, 0 to 1
     cutout: int = 0  # sides of the square that is grayed out, in pixels
+    mixup: float = 0.0  # alpha; 0 for none
     label_filter: "Recipe | None" = None  # models that find labels not to learn from
     epsilon: float = 0.0  # adversarial training by TRADES, in pixel units; 0 for none
     trades_beta: float = 0.0  # weight of the KL divergence in TRADES
@@ -77,8 +78,12 @@ BEST = replace(
     threads=2,  # an epoch takes 55% of the time that it takes with one
     epochs=30,
     batch_size=128,
+    # 0.3 million parameters learn 225 cats by heart: all that regularizes is stronger here. No one
+    # of these settings contributes much while the others are there, but all together do.
+    weight_decay=0.6,
     color_jitter=0.4,
     cutout=14,
+    mixup=0.2,
     label_filter=replace(TUNED, name="label-filter", logit_adjustment=1.0),
 )
 ROBUST = replace(

@@ -19,6 +19,7 @@ from common.recipes import Recipe
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Beta
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -69,14 +70,14 @@ def train(
         run.model.train()
         losses = []
         for index in order[run.epoch].split(recipe.batch_size):
-            batch = augment(images[index], recipe, run.epoch)
-            loss = compute_loss(run.model, batch, labels[index], recipe, log_prior)
-            for optimizer in run.optimizers:
-                optimizer.zero_grad()
+            batch, targets = augment(images[index], recipe, run.epoch), labels[index]
+            if recipe.mixup:
+                batch, targets = mixup(batch, targets, recipe.mixup)
+            loss = compute_loss(run.model, batch, targets, recipe, log_prior)
+            run.optimizer.zero_grad()
             loss.backward()
-            for optimizer, scheduler in zip(run.optimizers, run.schedulers, strict=True):
-                optimizer.step()
-                scheduler.step()
+            run.optimizer.step()
+            run.scheduler.step()
             if run.ema:
                 run.ema.update_parameters(run.model)
             losses.append(loss.detach())
@@ -103,9 +104,9 @@ class Run:
         if recipe.ema_decay:
             average = get_ema_multi_avg_fn(recipe.ema_decay)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self.optimizers = make_optimizers(self.model, recipe)
+        self.optimizer = make_optimizer(self.model, recipe)
         steps = math.ceil(count / recipe.batch_size)
-        self.schedulers = [make_scheduler(each, recipe, steps) for each in self.optimizers]
+        self.scheduler = make_scheduler(self.optimizer, recipe, steps)
 
     @property
     def result(self) -> Classifier:
@@ -114,39 +115,41 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on."""
-        parts = [self.model, *self.optimizers, *self.schedulers, *([self.ema] if self.ema else [])]
-        return {"epoch": self.epoch, "parts": [part.state_dict() for part in parts]}
+        return {"epoch": self.epoch, "parts": [part.state_dict() for part in self._parts()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        parts = [self.model, *self.optimizers, *self.schedulers, *([self.ema] if self.ema else [])]
-        for part, saved in zip(parts, state["parts"], strict=True):
+        for part, saved in zip(self._parts(), state["parts"], strict=True):
             part.load_state_dict(saved)
         self.epoch = state["epoch"]
 
+    def _parts(self) -> list[Any]:
+        parts = [self.model, self.optimizer, self.scheduler]
+        return [*parts, self.ema] if self.ema else parts
+
 
 def compute_loss(
-    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, log_prior: Tensor
+    model: nn.Module, images: Tensor, targets: Tensor, recipe: Recipe, log_prior: Tensor
 ) -> Tensor:
     """Return the loss of a batch: cross-entropy of adjusted logits, and TRADES if the recipe says.
 
     Args:
         images: float in [0, 1], [B, 3, 32, 32].
-        labels: int64 [B].
+        targets: labels, int64 [B], or a probability of each class, float [B, C].
         log_prior: added to the logits, [C]: logit adjustment (Menon et al., 2021). Classes that
             are drawn less are so learned as if all were equally frequent.
     """
     if not recipe.epsilon:
         with autocast(images.device):
             logits = model(images).float()
-        return F.cross_entropy(logits + log_prior, labels)
+        return F.cross_entropy(logits + log_prior, targets)
     attacked = trades_perturbation(model, images, recipe.epsilon)
     with autocast(images.device):  # as one batch, so that batch norm sees both kinds of images
         logits, attacked_logits = model(torch.cat([images, attacked])).float().chunk(2)
     divergence = F.kl_div(
         attacked_logits.log_softmax(dim=1), logits.softmax(dim=1), reduction="batchmean"
     )
-    return F.cross_entropy(logits + log_prior, labels) + recipe.trades_beta * divergence
+    return F.cross_entropy(logits + log_prior, targets) + recipe.trades_beta * divergence
 
 
 # ---- samplers: which images an epoch draws ----------------------------------------------------
@@ -254,24 +257,35 @@ def cutout(images: Tensor, size: int) -> Tensor:
     return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.5)
 
 
+def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Blend each image, and its label, with those of another of the batch (Zhang et al., 2018).
+
+    Args:
+        images: float [B, C, H, W].
+        labels: int64 [B].
+        alpha: of the Beta(alpha, alpha) from which each image's own fraction is drawn; it is
+            the larger one of the two.
+
+    Returns:
+        images, and a probability of each class, float [B, C].
+    """
+    fraction = Beta(alpha, alpha).sample((len(images), 1)).to(images.device)
+    fraction = torch.minimum(fraction, 1 - fraction)  # of the other image
+    other = torch.randperm(len(images), device=images.device)
+    targets = F.one_hot(labels, len(CLASS_NAMES)).float()
+    mixed = torch.lerp(images, images[other], fraction[:, :, None, None])
+    return mixed, torch.lerp(targets, targets[other], fraction)
+
+
 # ---- optimizers -----------------------------------------------------------------------------
 
 
-def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return Adam for all weights, or Muon for matrices and filters and AdamW for biases and norms.
-
-    Muon's author leaves the first and the last layer to another optimizer, too. Here that loses
-    0.03 of G-mean (docs/ablations.md).
-    """
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer for all weights of a model."""
     weights, rate = list(model.parameters()), recipe.learning_rate
-    if recipe.optimizer == "adam":
-        return [torch.optim.Adam(weights, rate, weight_decay=recipe.weight_decay, fused=True)]
-    matrices = [weight for weight in weights if weight.ndim > 1]
-    vectors = [weight for weight in weights if weight.ndim == 1]
-    return [
-        Muon(matrices, rate, recipe.weight_decay),
-        torch.optim.AdamW(vectors, rate, weight_decay=0.0, fused=True),
-    ]
+    if recipe.optimizer == "muon":
+        return Muon(weights, rate, recipe.weight_decay)
+    return torch.optim.Adam(weights, rate, weight_decay=recipe.weight_decay, fused=True)
 
 
 def make_scheduler(
@@ -302,8 +316,12 @@ class Muon(torch.optim.Optimizer):
 
     Momentum, then a step in which all singular values of a layer's update are about the same, so
     that what is rare is learned as fast as what dominates the gradient. A convolution's filters
-    are the rows of one matrix (torch.optim.Muon takes no convolutions). The step is as large as a
-    typical one of Adam's (Liu et al., "Muon is scalable for LLM training", 2025).
+    are the rows of one matrix (torch.optim.Muon takes no convolutions); biases and norms are
+    matrices of one row. The step is as large as a typical one of Adam's (Liu et al., "Muon is
+    scalable for LLM training", 2025).
+
+    Jordan leaves the first and the last layer to AdamW. Here that loses 0.03 of G-mean
+    (docs/ablations.md).
     """
 
     MOMENTUM = 0.95
@@ -314,16 +332,17 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all weights once."""
+        """Update all weights once; weight decay shrinks matrices only."""
         for group in self.param_groups:
             for weight in group["params"]:
                 momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
                 momentum.lerp_(weight.grad, 1 - self.MOMENTUM)
                 nesterov = weight.grad.lerp(momentum, self.MOMENTUM)
-                update = orthogonalize(nesterov.flatten(start_dim=1)).view_as(weight)
-                scale = self.ADAM_RMS * max(weight.flatten(start_dim=1).shape) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(update, alpha=group["lr"] * scale)
+                matrix = nesterov.flatten(start_dim=1) if weight.ndim > 1 else nesterov[None]
+                size = group["lr"] * self.ADAM_RMS * max(matrix.shape) ** 0.5
+                if weight.ndim > 1:
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(orthogonalize(matrix).view_as(weight), alpha=size)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -335,6 +354,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     if matrix.shape[0] > matrix.shape[1]:  # the products below are of the shorter side's size
         return orthogonalize(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
+    if len(x) == 1:  # the only singular value is 1 now
+        return x
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
@@ -415,8 +436,8 @@ def parallel_map(
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    futures = [pool.submit(_call, function, threads, job) for job in jobs]
     try:
+        futures = [pool.submit(_call, function, threads, job) for job in jobs]
         for future in tqdm(futures, disable=None, **bar):
             yield future.result()
     except BaseException:  # Ctrl-C included: nothing is worth waiting for

@@ -281,7 +281,7 @@ def test_page_names_the_command_that_ran(make_report, tmp_path, course_folder):
 def test_words_about_a_comparison_follow_its_interval(interval, words, tmp_path):
     content = {"found": {"difference": sum(interval) / 2, "interval": interval, "runs": 1}}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    text = report.Files(tmp_path, []).comparison("a.json", "found", report.Markup("<b>"))
+    text = report.Files(tmp_path).comparison("a.json", "found", report.Markup("<b>"))
     assert text.startswith(words)
     assert [float(value) for value in re.findall('value="([^"]*)"', text)][1:] == interval
 
@@ -440,6 +440,7 @@ def test_failing_script_ends_the_report_with_its_own_line(tmp_path, capfd, monke
         (("--hand-in", "nowhere/mine"), "'nowhere/mine': no such folder"),
         (("--labels", "nowhere.csv"), "nowhere.csv"),
         (("--checkpoint", "nowhere.ckpt"), "nowhere.ckpt: No such file"),
+        (("--pixel-range", "0,1"), "--pixel-range goes with --checkpoint"),
         (("--out", "course/dev.pickle/out"), "course/dev.pickle/out: Not a directory"),
     ],
 )

@@ -36,7 +36,7 @@ DIALECT = {
     r"""(?<!["'.])nets?(?!["'])""": "model, network",
     r"judg\w*": "evaluate, out-of-fold predictions",
     r"sketch\w*": "synthetic",
-    r"colour\w*": "color",
+    r"(?<!-)colour\w*": "color",
     r"\w+(normalis|initialis|optimis|generalis)\w*": "American spelling",
 }
 PATHS = re.compile(r"(?<![\w.>/])/(work|home|root|tmp|usr|Users|mnt|content)/|[A-Z]:\\\\?Users")

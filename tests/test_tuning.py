@@ -306,7 +306,7 @@ def test_passwords_are_not_shown():
     [
         ("nonsense", "--storage: not the URL of a database, such as postgresql"),
         ("postgresql://host:port/name", "--storage: not the URL of a database"),
-        ("sqlite:////no/such/folder/x.db?a=b", "--storage sqlite:////no/such/folder/x.db: can't"),
+        ("sqlite:////no/such/folder/x.db", "--storage sqlite:////no/such/folder/x.db: can't"),
         ("postgresql+pg8000://me:secret@host/x", "//me:***@host/x: its driver is not installed"),
         ("sqlite:///text.db", "--storage sqlite:///text.db: can't be reached, or is not Optuna's"),
     ],
