@@ -185,7 +185,7 @@ def test_figures_say_so_where_nothing_was_fooled(model, dev):
     unchanged = Attacked(0.1, to_float(dev.images), target.logits[None])
     target.attacks["fgsm"] = [unchanged]
     figure = adversarial.draw_fgsm(dev, target)
-    assert "no image was fooled" in figure.get_suptitle()
+    assert "no image was fooled" in " ".join(figure.get_suptitle().split())
 
 
 # ---- the script -------------------------------------------------------------------------------
