@@ -503,14 +503,24 @@ def command(*options):
     return [sys.executable, *fixed, *options]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Return a folder with a small data set, a whole quick report on it, and its zip file."""
-    folder = tmp_path_factory.mktemp("whole")
+def write_tiny(folder):
     (folder / "tiny").mkdir()
     for split in SPLITS:
         write_course_pickle(folder / f"tiny/{split}.pickle", make_dataset(split))
-    options = ("--full", "--seed", "0,1", "--hand-in", "work")
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Return a folder with a small data set in its folder `tiny`."""
+    return write_tiny(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a folder with a small data set, a whole quick report on it, and its zip file."""
+    folder = write_tiny(tmp_path_factory.mktemp("whole"))
+    options = ("--full", "--hand-in", "work")
     done = subprocess.run(command(*options), cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     return folder
@@ -548,29 +558,37 @@ def running_in(group):
     return found
 
 
+def start_report(folder, until):
+    """Start a report in a process group of its own, and wait until a file is there."""
+    log = (folder / "log").open("a")
+    started = subprocess.Popen(
+        command(), cwd=folder, stdout=log, stderr=log, start_new_session=True
+    )
+    while not until.exists():
+        assert started.poll() is None, (folder / "log").read_text()
+        time.sleep(0.1)
+    return started
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_report_leaves_no_process_and_the_next_run_goes_on(number, whole, tmp_path):
-    shutil.copytree(whole / "tiny", tmp_path / "tiny")
-    log = (tmp_path / "log").open("w+")
-    process = subprocess.Popen(
-        command(), cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-    )
-    printed = tmp_path / "out/steps/label-errors/printed.txt"
-    while not printed.exists():  # so that this step is under way
-        time.sleep(0.1)
-    time.sleep(2)
-    os.kill(process.pid, number)  # the report alone, not the scripts that it has started
-    process.wait()
-    deadline = time.monotonic() + 30
-    while running_in(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert running_in(process.pid) == []
-    done = subprocess.run(command(), cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("done before") == 2
-    assert not list(tmp_path.rglob(".*.part*"))
+def test_stopped_report_leaves_no_process_and_the_next_run_goes_on(number, tiny):
+    steps = tiny / "out/steps"
+    for step in ("label-errors", "recipes"):
+        process = start_report(tiny, until=steps / step / "printed.txt")
+        time.sleep(5)
+        os.kill(process.pid, number)  # the report alone, not the scripts that it has started
+        process.wait()
+        deadline = time.monotonic() + 60
+        while running_in(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert running_in(process.pid) == []
+    log = (tiny / "log").read_text()
+    assert log.count("What is in the data: done before") == 1
+    assert "Traceback" not in log
+    assert json.loads((steps / "label-errors/step.json").read_text())["seconds"] > 0
+    assert json.loads((steps / "recipes/step.json").read_text())["seconds"] is None
 
 
 def browse(*options):
