@@ -47,12 +47,13 @@ RECIPE = replace(
     name="label-errors",
     network="SmallVGG",  # its errors differ from CourseNet's
     # It would learn wrong labels by heart: what small models flag is left out of its training set.
-    label_filter=replace(BEST.label_filter, epochs=20),  # time for two networks in two minutes
+    label_filter=replace(BEST.label_filter, epochs=24),  # time for two networks in two minutes
     epochs=5,  # likewise; and it memorizes less
     batch_size=128,
     logit_adjustment=1.0,  # no class is favored before the image is seen
     color_jitter=0.2,  # so short a training has no time for images that are altered much
     cutout=8,
+    mixup=0.2,  # wrong labels are memorized less
 )
 DEV_MODELS = 2  # of each network
 # A label is flagged if it is wrong with a probability above FLAG. The suggested one is accepted if

@@ -184,7 +184,13 @@ def start(code, **settings):
     """Start a Python script with these lines as its main()."""
     script = "import os, sys, time\nfrom common import cli\ndef main():\n"
     script += "".join(f"    {line}\n" for line in code.splitlines()) + "cli.run(main)\n"
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | settings
+    settings = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        # A shell that runs tests in the background lets them ignore Ctrl-C.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    } | settings
     environment = os.environ | {"PYTHONPATH": str(PROJECT)} | settings.pop("env", {})
     return subprocess.Popen([sys.executable, "-c", script], env=environment, **settings)
 
