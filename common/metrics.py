@@ -3,16 +3,16 @@
 All functions take NumPy arrays, torch tensors or lists, and return NumPy arrays or plain numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from common.data import CLASS_NAMES
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import log_softmax, softmax
-from scipy.stats import beta, norm
+from scipy.optimize import minimize
+from scipy.special import softmax
+from scipy.stats import beta, binomtest
 
 SCORE_TITLES = {
     "accuracy": "accuracy",
@@ -22,6 +22,7 @@ SCORE_TITLES = {
 TAILS = (0.025, 0.975)  # of a 95% interval
 DRAWS = 10_000  # from a posterior: an interval's ends then vary in the third digit
 PSEUDO_WEIGHT = 0.5  # of each joint outcome of two models: Jeffreys' prior of a multinomial
+BINS = 10  # of confidence, for calibration
 
 
 # ---- scores ---------------------------------------------------------------------------------
@@ -79,6 +80,31 @@ def _by_name(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return named
 
 
+def mean_over_runs(runs: list[Any]) -> Any:
+    """Return the mean over several runs of numbers, or of dicts and lists of numbers."""
+    return _over_runs(np.mean, runs)
+
+
+def spread_over_runs(runs: list[Any]) -> Any:
+    """Return the standard deviation over several runs, 0 for a single one."""
+    return _over_runs(lambda values: np.std(values, ddof=1) if len(values) > 1 else 0.0, runs)
+
+
+def format_mean(summary: Mapping[str, Any], score: str) -> str:
+    """Return a mean as text, with its standard deviation if there were several runs."""
+    text = f"{summary[score]:.3f}"
+    several = len(summary.get("runs", [])) > 1
+    return f"{text} ± {summary['spread'][score]:.3f}" if several else text
+
+
+def _over_runs(function: Callable[[list[float]], float], runs: list[Any]) -> Any:
+    if isinstance(runs[0], dict):
+        return {key: _over_runs(function, [run[key] for run in runs]) for key in runs[0]}
+    if isinstance(runs[0], list):
+        return [_over_runs(function, list(parts)) for parts in zip(*runs, strict=True)]
+    return None if runs[0] is None else float(function(runs))
+
+
 def format_predictions(labels: ArrayLike, logits: ArrayLike) -> str:
     """Return a table (CSV) of each image's label, predicted class, and class probabilities."""
     logits = np.asarray(logits, dtype=float)
@@ -104,11 +130,8 @@ def jeffreys_interval(successes: int, total: int) -> tuple[float, float]:
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     """Return Wilson's 95% score interval of a proportion (1927)."""
-    z = norm.ppf(TAILS[1])
-    center = (successes + z**2 / 2) / (total + z**2)
-    half = z / (total + z**2) * np.sqrt(successes * (total - successes) / total + z**2 / 4)
-    low, high = float(center - half), float(center + half)
-    return 0.0 if successes == 0 else low, 1.0 if successes == total else high
+    low, high = binomtest(successes, total).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def intervals(confusion: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
@@ -170,7 +193,8 @@ def compare(
     too wide than too narrow (in simulations it covers 97 to 100%).
 
     Returns:
-        `difference` of the mean scores, its 95% `interval`, and the number of `runs`.
+        `difference` of the mean scores, its 95% `interval`, the number of `runs`, and what that
+        means, as `text`.
     """
     labels = np.asarray(labels)
     correct = [np.atleast_2d(np.asarray(runs)) == labels for runs in (baseline, predicted)]
@@ -189,7 +213,8 @@ def compare(
         draws = draws + standard_error * generator.standard_t(runs - 1, len(draws))
     difference = float(differences.mean())
     interval = _interval_around(draws, difference).tolist()
-    return {"difference": difference, "interval": interval, "runs": runs}
+    found = {"difference": difference, "interval": interval, "runs": runs}
+    return found | {"text": describe_comparison(found)}
 
 
 def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -232,45 +257,30 @@ def describe_comparison(comparison: Mapping[str, Any]) -> str:
 # ---- calibration ------------------------------------------------------------------------------
 
 
-def reliability(
-    probabilities: ArrayLike, labels: ArrayLike, bins: int = 10
-) -> dict[str, np.ndarray]:
-    """Group images by confidence, the highest probability, in bins of equal width.
+def reliability(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, np.ndarray]:
+    """Group images by confidence, the highest probability, in BINS of equal width.
 
     Returns:
-        `count`, mean `confidence` and `accuracy` of each bin [bins]; NaN where it is empty.
+        `count`, mean `confidence` and `accuracy` of each bin [BINS]; NaN where it is empty.
     """
     probabilities = np.asarray(probabilities, dtype=float)
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == np.asarray(labels)
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(index, minlength=bins)
+    index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    count = np.bincount(index, minlength=BINS)
     nonempty = np.where(count > 0, count, np.nan)
     return {
         "count": count,
-        "confidence": np.bincount(index, confidence, bins) / nonempty,
-        "accuracy": np.bincount(index, correct, bins) / nonempty,
+        "confidence": np.bincount(index, confidence, BINS) / nonempty,
+        "accuracy": np.bincount(index, correct, BINS) / nonempty,
     }
 
 
-def expected_calibration_error(
-    probabilities: ArrayLike, labels: ArrayLike, bins: int = 10
-) -> float:
+def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> float:
     """Return the mean gap between confidence and accuracy (ECE, Guo et al. 2017)."""
-    table = reliability(probabilities, labels, bins)
+    table = reliability(probabilities, labels)
     gaps = np.abs(table["accuracy"] - table["confidence"]) * table["count"]
     return float(np.nansum(gaps) / table["count"].sum())
-
-
-def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
-    """Return the T for which softmax(logits / T) has the lowest cross-entropy on the labels."""
-    logits, labels = np.asarray(logits, dtype=float), np.asarray(labels)
-
-    def cross_entropy(log_temperature: float) -> float:
-        log_probabilities = log_softmax(logits / np.exp(log_temperature), axis=1)
-        return -log_probabilities[np.arange(len(labels)), labels].mean()
-
-    return float(np.exp(minimize_scalar(cross_entropy, bounds=(-5, 5), method="bounded").x))
 
 
 # ---- label noise ------------------------------------------------------------------------------

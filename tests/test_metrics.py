@@ -315,12 +315,3 @@ def test_expected_calibration_error_by_hand():
     assert np.isnan(table["accuracy"][0])
     assert metrics.expected_calibration_error(np.eye(3), [0, 1, 2]) == 0
     assert metrics.expected_calibration_error(np.eye(3), [1, 2, 0]) == 1
-
-
-@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
-def test_temperature_is_found_again(temperature):
-    generator = np.random.default_rng(0)
-    logits = generator.normal(0, 2, (20_000, 3))
-    labels = (logits + generator.gumbel(size=logits.shape)).argmax(axis=1)  # draws of softmax
-    found = metrics.fit_temperature(temperature * logits, labels)
-    assert found == pytest.approx(temperature, rel=0.03)
