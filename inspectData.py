@@ -8,7 +8,6 @@ of train, and shows outliers and near-duplicates, within train, within dev and a
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +41,17 @@ BLOCK = 250  # images per point of the curve of class fractions
 MOST_SHOWN = 32  # images in a figure
 MOST_LISTED = 10  # label conflicts in the terminal
 
-REPORT = {"car": "4951 (88.0%)", "truck": "450 (8.0%)", "cat": "225 (4.0%)"}
+# The rows of the table, and what the report says of its training set.
+REPORT = {
+    "images": "5626",
+    "size": "32x32x3",
+    "car": "4951 (88.0%)",
+    "truck": "450 (8.0%)",
+    "cat": "225 (4.0%)",
+    "class and position independent, p": "by eye",
+    "outliers": "none",
+    "pairs of near-duplicates": "not sought",
+}
 
 
 def pixel_statistics(dataset: Dataset) -> tuple[Tensor, Tensor]:
@@ -131,15 +140,13 @@ def inspect_all(datasets: dict[str, Dataset]) -> tuple[dict[str, Any], list[Pair
     """Return the numbers for the JSON file, and all near-duplicates, those across splits first."""
     within = {split: find_pairs(dataset) for split, dataset in datasets.items()}
     splits = {split: inspect(dataset, within[split]) for split, dataset in datasets.items()}
-    numbers = {"splits": splits, "near_duplicates": []}
-    pairs = [pair for found in within.values() for pair in found]
+    numbers, across = {"splits": splits}, []
     if len(datasets) == len(SPLITS):
         counts = [dataset.class_counts for dataset in datasets.values()]
         numbers["class_fractions_p_value"] = float(chi2_contingency(counts).pvalue)
         across = find_pairs(datasets["dev"], datasets["train"])
-        numbers["near_duplicates"] = [pair.metadata() for pair in across]
-        pairs = across + pairs
-    return numbers, pairs
+    numbers["near_duplicates"] = [pair.metadata() for pair in across]
+    return numbers, sum(within.values(), start=across)
 
 
 # ---- figures --------------------------------------------------------------------------------
@@ -245,9 +252,11 @@ def draw_pixel_statistics(datasets: list[Dataset]) -> Figure:
     return figure
 
 
-def draw_outliers(dataset: Dataset) -> Figure:
-    """Show outliers, the darkest and the brightest first."""
+def draw_outliers(dataset: Dataset) -> Figure | None:
+    """Show outliers, the darkest and the brightest first; None if there are none."""
     outliers = find_outliers(dataset)
+    if len(outliers) == 0:
+        return None
     mean, std = pixel_statistics(dataset)
     shown = outliers[(mean[outliers] - 0.5).abs().argsort(descending=True)][:MOST_SHOWN]
     captions = [
@@ -258,8 +267,10 @@ def draw_outliers(dataset: Dataset) -> Figure:
     return plots.image_grid(title, dataset.images[shown], captions)
 
 
-def draw_pairs(pairs: list[Pair], datasets: dict[str, Dataset]) -> Figure:
-    """Show near-duplicates side by side, those with different labels first."""
+def draw_pairs(pairs: list[Pair], datasets: dict[str, Dataset]) -> Figure | None:
+    """Show near-duplicates side by side, those with different labels first; None for none."""
+    if not pairs:
+        return None
     images, captions = [], []
     for pair in sorted(pairs, key=lambda pair: not pair.is_conflict())[: MOST_SHOWN // 2]:
         parts = zip(pair.splits, pair.indices, strict=True)
@@ -271,20 +282,14 @@ def draw_pairs(pairs: list[Pair], datasets: dict[str, Dataset]) -> Figure:
 
 
 def save_figures(datasets: dict[str, Dataset], pairs: list[Pair], results: cli.Results) -> None:
-    """Write all figures; remove those of an earlier run for which there is nothing to show."""
+    """Write all figures."""
     shown = list(datasets.values())
     results.save_figure("1-label-counts", draw_label_counts(shown))
     results.save_figure("2-label-order", draw_label_order(shown))
     results.save_figure("pixel-statistics", draw_pixel_statistics(shown))
     for dataset in shown:
-        if len(find_outliers(dataset)):
-            results.save_figure(f"outliers-{dataset.split}", draw_outliers(dataset))
-        else:
-            results.remove(f"outliers-{dataset.split}.png")
-    if pairs:
-        results.save_figure("near-duplicates", draw_pairs(pairs, datasets))
-    else:
-        results.remove("near-duplicates.png")
+        results.save_figure(f"outliers-{dataset.split}", draw_outliers(dataset))
+    results.save_figure("near-duplicates", draw_pairs(pairs, datasets))
 
 
 # ---- what is printed ------------------------------------------------------------------------
@@ -293,25 +298,19 @@ def save_figures(datasets: dict[str, Dataset], pairs: list[Pair], results: cli.R
 def print_splits(splits: dict[str, dict[str, Any]]) -> None:
     """Print a row per number and a column per split, beside the report's training set."""
 
-    def row(title: str, report: str, form: Callable[[dict[str, Any]], str]) -> list[str]:
-        return [title, report, *[form(split) for split in splits.values()]]
+    def column(found: dict[str, Any]) -> list[str]:
+        fractions = found["class_fractions"]
+        return [
+            str(found["images"]),
+            "{1}x{2}x{0}".format(*found["shape"]),
+            *(f"{n} ({fractions[name]:.1%})" for name, n in found["class_counts"].items()),
+            format_p_value(found["independence_p_value"]),
+            str(len(found["outliers"])),
+            str(len(found["near_duplicates"])),
+        ]
 
-    def count(name: str) -> Callable[[dict[str, Any]], str]:
-        return lambda s: f"{s['class_counts'][name]} ({s['class_fractions'][name]:.1%})"
-
-    rows = [
-        row("images", "5626", lambda s: str(s["images"])),
-        row("size", "32x32x3", lambda s: "{1}x{2}x{0}".format(*s["shape"])),
-        *[row(name, report, count(name)) for name, report in REPORT.items()],
-        row(
-            "class and position independent, p",
-            "by eye",
-            lambda s: format_p_value(s["independence_p_value"]),
-        ),
-        row("outliers", "none", lambda s: str(len(s["outliers"]))),
-        row("pairs of near-duplicates", "not sought", lambda s: str(len(s["near_duplicates"]))),
-    ]
-    cli.print_table(["", "report, train", *splits], rows)
+    columns = [REPORT.keys(), REPORT.values(), *map(column, splits.values())]
+    cli.print_table(["", "report, train", *splits], list(zip(*columns, strict=True)))
     cli.say()
 
 
@@ -344,16 +343,13 @@ def verdict(p_value: float | None, holds: str, fails: str) -> str:
 
 def print_pairs(pairs: list[Pair]) -> None:
     """Say how many images of dev are known from train, and which labels contradict each other."""
-    known = {pair.indices[0] for pair in pairs if pair.splits == ("dev", "train")}
+    known = len({pair.indices[0] for pair in pairs if pair.splits == ("dev", "train")})
     if known:
-        cli.say(
-            f"Images of dev that are, nearly, in train too: {len(known)}. They flatter a score."
-        )
+        cli.say(f"Images of dev that are, nearly, in train too: {known}. They flatter a score.")
     conflicts = [pair for pair in pairs if pair.is_conflict()]
     if conflicts:
-        cli.say(
-            f"Near-duplicates with different labels, one of them likely wrong: {len(conflicts)}."
-        )
+        text = "Near-duplicates with different labels, one of them likely wrong"
+        cli.say(f"{text}: {len(conflicts)}.")
     for pair in conflicts[:MOST_LISTED]:
         first, second = (caption.replace("\n", " ") for caption in pair.captions())
         cli.say(f"  {first} - {second} (correlation {pair.correlation:.3f})")
@@ -362,14 +358,6 @@ def print_pairs(pairs: list[Pair]) -> None:
 
 
 # ---- export ---------------------------------------------------------------------------------
-
-
-def check_export(folder: Path, quick: bool) -> None:
-    """Refuse an export that would fail or be incomplete, before any work is done."""
-    if folder.exists():
-        raise UserError(f"--export {folder}: exists already; name a new folder")
-    if quick:
-        raise UserError("--export: writes the whole set; leave out --quick")
 
 
 def export(folder: Path, datasets: list[Dataset]) -> None:
@@ -389,16 +377,14 @@ def export(folder: Path, datasets: list[Dataset]) -> None:
 def main() -> None:
     """Inspect whatever splits there are."""
     parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="FOLDER",
-        help="write the set as FOLDER/<split>/<class>/*.png",
-    )
+    text = "write the set as FOLDER/<split>/<class>/*.png"
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args()
     choose_device(arguments.device)  # not used here, but a wrong name is a mistake all the same
-    if arguments.export:
-        check_export(arguments.export, arguments.quick)
+    if arguments.export and arguments.export.exists():
+        raise UserError(f"--export {arguments.export}: exists already; name a new folder")
+    if arguments.export and arguments.quick:
+        raise UserError("--export: writes the whole set; leave out --quick")
     folder = open_data(arguments.data)
     datasets = {s: folder.load(s, arguments.quick) for s in SPLITS if folder.has(s)}
     results = cli.Results(arguments, describe(*datasets.values()))

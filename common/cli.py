@@ -1,6 +1,7 @@
 """How every script behaves at the terminal: options, errors, tables, and result files."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -16,9 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 PROJECT = Path(__file__).resolve().parent.parent
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+LARGEST_JSON = 2**26  # bytes
 FIGURE_DPI = 150
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
 PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
 
 
@@ -95,16 +100,13 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
         "full of image files; or cifar10; or synthetic; auto takes the first there is of "
         "a set in data/, cifar10, synthetic",
     )
-    if several_seeds:
-        parser.add_argument(
-            "--seed",
-            type=seed_list,
-            default="0",
-            metavar="N[,N...]",
-            help="random seed; several, as in 0,1,2, give several runs",
-        )
-    else:
-        parser.add_argument("--seed", type=natural_number, default=0, help="random seed")
+    parser.add_argument(
+        "--seed",
+        type=seed_list if several_seeds else natural_number,
+        default="0",
+        metavar="N[,N...]" if several_seeds else "N",
+        help="random seed" + ("; several, as in 0,1,2, give several runs" if several_seeds else ""),
+    )
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto takes the first")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the results, not results/<data>"
@@ -136,10 +138,9 @@ def add_checkpoint_option(
 
 def natural_number(text: str) -> int:
     """Parse a whole number from 0 to LARGEST_SEED."""
-    if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    if int(text) > LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST_SEED}")
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) > LARGEST_SEED:
+        message = f"{text[:20]!r} is not a whole number from 0 to {LARGEST_SEED}"
+        raise argparse.ArgumentTypeError(message)
     return int(text)
 
 
@@ -229,6 +230,18 @@ def read_bytes(path: Path, limit: int) -> bytes:
         raise UserError(f"{path}: {error.strerror or 'not readable'}") from error
 
 
+def read_json(path: Path) -> Any:
+    """Return what is in a JSON file.
+
+    Raises:
+        UserError: it can't be read, or is none.
+    """
+    try:
+        return json.loads(read_bytes(path, LARGEST_JSON))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file, or cut short") from error
+
+
 # ---- result files ---------------------------------------------------------------------------
 
 
@@ -246,6 +259,32 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"{path}: can't be written: {error.strerror or 'failed'}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def render(template: str, **values: Any) -> str:
+    """Return an HTML page: a template of the project, filled in."""
+    return _templates().get_template(template).render(**values)
+
+
+@functools.cache
+def _templates() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(PROJECT),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers may depend on."""
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -295,19 +334,10 @@ class Results:
         if arguments.quick:
             say("QUICK DRY RUN on a few images: its numbers mean nothing\n")
 
-    def save(self, name: str, write: Callable[[Path], Any]) -> Path:
-        """Write the file `name`, whole or not at all; return its path."""
-        path = self.folder / name
-        write_atomic(path, write)
-        if path not in self.written:
-            self.written.append(path)
-        return path
-
-    def remove(self, name: str) -> None:
-        """Remove a file that is no longer needed."""
-        path = self.folder / name
-        path.unlink(missing_ok=True)
-        self.written = [other for other in self.written if other != path]
+    def save(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Write the file `name`, whole or not at all."""
+        write_atomic(self.folder / name, write)
+        self.written.append(self.folder / name)
 
     def save_text(self, name: str, text: str) -> None:
         """Write a text file."""
@@ -315,14 +345,18 @@ class Results:
 
     def save_json(self, step: str, numbers: dict[str, Any]) -> None:
         """Write `<step>.json`: the numbers, and all that is needed to get them again."""
-        packages = ("torch", "numpy", "scikit-learn", "matplotlib")
-        versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-        origin = {"step": step, "data": self.data, "settings": self.settings, "versions": versions}
-        text = json.dumps(_to_json(origin | numbers), indent=2, allow_nan=False) + "\n"
-        self.save_text(f"{step}.json", text)
+        origin = {"step": step, "data": self.data, "settings": self.settings}
+        content = _to_json(origin | {"versions": versions()} | numbers)
+        self.save_text(f"{step}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def save_figure(self, name: str, figure: Any) -> None:
-        """Write a matplotlib figure as `<name>.png`, with a line below that names its data."""
+        """Write a matplotlib figure as `<name>.png`, with a line below that names its data.
+
+        Without a figure, that of an earlier run is removed.
+        """
+        if figure is None:
+            (self.folder / f"{name}.png").unlink(missing_ok=True)
+            return
         quick = "QUICK DRY RUN, numbers mean nothing.  " if self.settings["quick"] else ""
         kind = " (drawn by the project, no photographs)" if self.data["name"] == "synthetic" else ""
         prints = [f"{split} {each['fingerprint']}" for split, each in self.data["splits"].items()]
@@ -333,7 +367,7 @@ class Results:
 
     def print_written(self) -> None:
         """Say where everything is."""
-        names = ", ".join(path.name for path in self.written)
+        names = ", ".join(dict.fromkeys(path.name for path in self.written))
         lines = textwrap.fill(names, 98, break_on_hyphens=False)
         say(f"\nwritten to {self.folder}:\n{textwrap.indent(lines, '  ')}")
 

@@ -308,6 +308,13 @@ def test_files_are_read_up_to_a_limit(tmp_path):
         cli.read_bytes(tmp_path / "missing", 10)
 
 
+@pytest.mark.parametrize("content", [b"", b"[1", b"[" * 100_000, b"9" * 5000, b"\xff"])
+def test_a_broken_json_file_is_named(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.json: not a JSON file, or cut short"):
+        cli.read_json(tmp_path / "a.json")
+
+
 # ---- results ----------------------------------------------------------------------------------
 
 DATA = {"name": "course", "splits": {"dev": {"fingerprint": "0123456789ab"}}}
@@ -361,8 +368,8 @@ def test_results_list_what_was_written_and_is_still_there(tmp_path, capsys):
     results = make_results(tmp_path)
     for _ in range(2):
         results.save_text("a.txt", "± text")
-    results.save_text("b.txt", "text")
-    results.remove("b.txt")
+    (tmp_path / "b.png").touch()
+    results.save_figure("b", None)
     results.print_written()
     assert capsys.readouterr().out.split("\n")[1:3] == [f"written to {tmp_path}:", "  a.txt"]
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt"}
