@@ -7,7 +7,6 @@ There are two forms on disk, the course's pickles and folders of image files. In
 import csv
 import hashlib
 import io
-import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.cli import PROJECT, UserError, read_bytes, say, show
+from common.cli import PROJECT, UserError, read_bytes, read_json, say, show
 from data.course import read_course_pickle
 
 import numpy as np
@@ -36,7 +35,7 @@ DATA_FOLDER = PROJECT / "data"
 PREPARED = ("cifar10", "synthetic")  # made by data/cifar10.py and data/synthetic.py
 OTHER_SPLITS = ("val", "valid", "validation", "test")  # names that others use; worth a remark
 
-LARGEST_FILE = 2**24  # bytes, of an image, of label corrections, of true labels
+LARGEST_FILE = 2**24  # bytes, of an image or of label corrections
 MOST_PIXELS = 50_000_000  # of an image that is scaled down
 
 
@@ -143,14 +142,12 @@ class DataFolder:
         path = self.path / "true_labels.json"
         if not self._pickle(split).is_file() or not path.is_file():
             return None
-        try:
-            labels = json.loads(read_bytes(path, LARGEST_FILE))[split]
-            whole = len(labels) == count and all(type(label) is int for label in labels)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            whole = False
-        if not whole or not 0 <= min(labels) <= max(labels) < len(CLASS_NAMES):
+        content = read_json(path)
+        labels = content.get(split) if isinstance(content, dict) else None
+        whole = isinstance(labels, list) and len(labels) == count
+        if not whole or not all(type(y) is int and 0 <= y < len(CLASS_NAMES) for y in labels):
             raise UserError(f"{path}: {split} must be a list of {count} labels from 0 to 2")
-        return torch.tensor(labels, dtype=torch.int64)
+        return torch.tensor(labels)
 
 
 def open_data(name_or_path: str) -> DataFolder:
@@ -369,32 +366,28 @@ def _candidate_pairs(images: Tensor, others: Tensor | None) -> Iterator[tuple[Te
     of its lengths to their correlation (Cauchy and Schwarz). This is five times as fast as
     comparing all pixels.
     """
-    coarse, rest = _shrink(images)
-    other_coarse, other_rest = (coarse, rest) if others is None else _shrink(others)
-    mirrored = coarse.flip(-1).flatten(1)
-    coarse, other_coarse = coarse.flatten(1), other_coarse.flatten(1)
-    for start in range(0, len(coarse), BLOCK):
-        rows = slice(start, start + BLOCK)
-        for other_start in range(start if others is None else 0, len(other_coarse), BLOCK):
-            columns = slice(other_start, other_start + BLOCK)
-            bound = coarse[rows] @ other_coarse[columns].T
-            bound = torch.maximum(bound, mirrored[rows] @ other_coarse[columns].T)
-            bound.addr_(rest[rows], other_rest[columns])
-            if others is None and other_start == start:
+    blocks = [_shrink(block) for block in images.split(BLOCK)]
+    other_blocks = blocks if others is None else [_shrink(block) for block in others.split(BLOCK)]
+    for row, (coarse, rest) in enumerate(blocks):
+        for column, (other_coarse, other_rest) in enumerate(other_blocks):
+            if others is None and column < row:
+                continue
+            direct, mirrored = (
+                x.flatten(1) @ other_coarse.flatten(1).T for x in (coarse, coarse.flip(-1))
+            )
+            bound = torch.maximum(direct, mirrored).addr_(rest, other_rest)
+            if others is None and column == row:
                 bound = bound.triu(diagonal=1)
             i, j = torch.nonzero(bound >= DUPLICATE_CORRELATION - ROUNDING, as_tuple=True)
-            yield i + start, j + other_start
+            yield i + row * BLOCK, j + column * BLOCK
 
 
 def _shrink(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return standardized images, shrunk, [N, 3, 8, 8], and the length of what that left out."""
-    shrunk, rest = [], []
-    for block in images.split(BLOCK):
-        pixels = _standardize(block)
-        shrunk.append(F.avg_pool2d(pixels, COARSE) * COARSE)
-        left = pixels.square().sum(dim=(1, 2, 3)) - shrunk[-1].square().sum(dim=(1, 2, 3))
-        rest.append(left.clamp_min(0).sqrt())
-    return torch.cat(shrunk), torch.cat(rest)
+    pixels = _standardize(images)
+    shrunk = F.avg_pool2d(pixels, COARSE) * COARSE
+    left = pixels.square().sum(dim=(1, 2, 3)) - shrunk.square().sum(dim=(1, 2, 3))
+    return shrunk, left.clamp_min(0).sqrt()
 
 
 def _standardize(images: Tensor) -> Tensor:

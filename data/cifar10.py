@@ -7,7 +7,6 @@ torchvision downloads it once (170 MB) to data/ and checks its checksums. The se
 images are taken and which of them are labeled wrong.
 """
 
-import argparse
 import socket
 import threading
 import urllib.request
@@ -15,7 +14,13 @@ from http.client import HTTPException
 from pathlib import Path
 
 from common import cli
-from data.synthetic import CLASS_COUNTS, LabeledImages, draw_labels, write_course_form
+from data.synthetic import (
+    CLASS_COUNTS,
+    LabeledImages,
+    draw_labels,
+    prepare_by_hand,
+    write_course_form,
+)
 
 import numpy as np
 
@@ -99,16 +104,7 @@ def _download(train: bool) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     """Write a data set with another seed, or to another folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=cli.natural_number, default=0, help="default: 0")
-    folder = DOWNLOAD_FOLDER / "cifar10"
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=folder, help=f"default: {folder}"
-    )
-    arguments = parser.parse_args()
-    prepare(arguments.out, arguments.seed)
+    prepare_by_hand(prepare, DOWNLOAD_FOLDER / "cifar10", __doc__)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ knows only the few opcodes that a list of tensors needs. What the file names sta
 what the file's size calls for.
 """
 
+import copy
 import io
 import pickletools
 import re
@@ -27,8 +28,9 @@ NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLO
 TEXTS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 LITERALS = NUMBERS | TEXTS | BYTES
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONSTANTS |= {"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}
+TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}  # None: down to the mark
 STORAGE_TYPES = {
     "FloatStorage": "<f4",
     "DoubleStorage": "<f8",
@@ -109,29 +111,23 @@ def _run_pickle(stream: io.BytesIO, most_opcodes: int, call: Callable[[Any, Any]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo[value])
         elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
+            stack.append(copy.copy(CONSTANTS[name]))
         elif name in TUPLE_SIZES:
             stack.append(tuple(pop(TUPLE_SIZES[name])))
         elif name == "MARK":
             marks.append(len(stack))
-        elif name == "TUPLE":
-            stack.append(tuple(pop()))
         elif name == "GLOBAL":
             stack.append(_Global(*value.split(" ")))
         elif name == "STACK_GLOBAL":
             stack.append(_Global(*pop(2)))
         elif name in ("REDUCE", "NEWOBJ"):
             stack.append(call(*pop(2)))
-        elif name == "EMPTY_LIST":
-            stack.append([])
         elif name == "LIST":
             stack.append(pop())
         elif name in ("APPEND", "APPENDS"):
             items = pop(1 if name == "APPEND" else None)
             _require(isinstance(stack[-1], list))
             stack[-1].extend(items)
-        elif name == "EMPTY_DICT":
-            stack.append({})
         elif name == "DICT":
             stack.append(_to_dict(pop()))
         elif name in ("SETITEM", "SETITEMS"):
@@ -158,7 +154,6 @@ class _TensorCalls:
     def __init__(self) -> None:
         self.encoded: dict[str, bytes] = {}
         self.storages: dict[bytes, np.ndarray] = {}
-        self.preamble: bytes | None = None  # what all storages begin with, once it was checked
 
     def __call__(self, function: Any, arguments: Any) -> Any:
         match function, arguments:
@@ -172,7 +167,7 @@ class _TensorCalls:
                 return _PickledTensor(storage, offset, size, stride)
             case ("torch.storage", "_load_from_bytes"), (bytes(content),):
                 if content not in self.storages:
-                    self.storages[content] = self._load_storage(content)
+                    self.storages[content] = _load_storage(content)
                 return self.storages[content]
             case ("collections", "OrderedDict"), ():
                 return {}  # the tensor's hooks: none
@@ -193,30 +188,24 @@ class _TensorCalls:
                 raise UserError(f"asks for {show(f'{module}.{name}')}, which is refused; {FORM}")
         raise ValueError("a call of something that is no global")
 
-    def _load_storage(self, content: bytes) -> np.ndarray:
-        """Return the numbers of one storage as torch.save writes it: five pickles, then bytes."""
-        stream = io.BytesIO(content)
 
-        def read() -> Any:
-            return _run_pickle(stream, STORAGE_OPCODES, call=_refuse)
+def _load_storage(content: bytes) -> np.ndarray:
+    """Return the numbers of one storage as torch.save writes it: five pickles, then bytes."""
 
-        if self.preamble and content.startswith(self.preamble):
-            stream.seek(len(self.preamble))
-        else:
-            magic, _, system = (read() for _ in range(3))
-            _require(magic == TORCH_MAGIC and system["little_endian"] is True)
-            self.preamble = content[: stream.tell()]
-        kind, type_, key, _, count, view = read()
-        _require(kind == "storage" and type_[0] == "torch" and view is None)
-        _require(read() == [key])
-        if type_[1] not in STORAGE_TYPES:
-            raise UserError(f"holds tensors of type {show(type_[1])}; {FORM}")
-        _require(count == int.from_bytes(stream.read(8), "little"))
-        return np.frombuffer(content, STORAGE_TYPES[type_[1]], count, stream.tell())
+    def refuse(function: Any, arguments: Any) -> Any:
+        raise ValueError("a storage's header calls nothing")
 
-
-def _refuse(function: Any, arguments: Any) -> Any:
-    raise ValueError("a storage's header calls nothing")
+    stream = io.BytesIO(content)
+    magic, _, system, header, keys = (
+        _run_pickle(stream, STORAGE_OPCODES, call=refuse) for _ in range(5)
+    )
+    kind, type_, key, _, count, view = header
+    _require(magic == TORCH_MAGIC and system["little_endian"] is True)
+    _require(kind == "storage" and type_[0] == "torch" and view is None and keys == [key])
+    if type_[1] not in STORAGE_TYPES:
+        raise UserError(f"holds tensors of type {show(type_[1])}; {FORM}")
+    _require(count == int.from_bytes(stream.read(8), "little"))
+    return np.frombuffer(content, STORAGE_TYPES[type_[1]], count, stream.tell())
 
 
 def _require(condition: bool) -> None:
@@ -255,18 +244,12 @@ def _to_pair(index: int, item: Any) -> tuple[np.ndarray, int]:
     if image.storage.dtype != np.float32:
         raise UserError(f"image {index} is a tensor of {image.storage.dtype}; {FORM}")
     if image.size != IMAGE_SHAPE:
-        raise UserError(f"image {index} has {_format_shape(image.size)}; {FORM}")
+        raise UserError(f"image {index} has shape {str(list(image.size))[:40]}; {FORM}")
     if isinstance(label, _PickledTensor) and label.size in ((), (1,)):
         label = label.storage[label.offset].item() if label.offset >= 0 else None
     if not (type(label) is int and label in LABELS):
         raise UserError(f"label {index} is {show(label)}; labels are 0 car, 1 truck, 2 cat")
     return _view(image), label
-
-
-def _format_shape(size: tuple) -> str:
-    if len(size) > 5 or not all(type(length) is int and 0 <= length < 10**9 for length in size):
-        return "an odd shape"
-    return f"shape {list(size)}"
 
 
 def _view(tensor: _PickledTensor) -> np.ndarray:

@@ -11,6 +11,7 @@ photographs. Some labels of the training set are wrong, as the report found them
 import argparse
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def write_course_form(folder: Path, splits: dict[str, LabeledImages]) -> None:
     for split in splits:  # those of another seed must not stand beside new true labels
         (folder / f"{split}.pickle").unlink(missing_ok=True)
     text = json.dumps({split: true.tolist() for split, (_, _, true) in splits.items()})
-    cli.write_atomic(folder / "true_labels.json", lambda path: path.write_text(text))
+    cli.write_text(folder / "true_labels.json", text)
     for split, (images, given, _) in splits.items():
         pixels = torch.from_numpy(images).float() / 127.5 - 1
         items = [(x.clone(), int(y)) for x, y in zip(pixels, given, strict=True)]
@@ -634,18 +635,24 @@ def change_light(pixels: np.ndarray, generator: Generator) -> np.ndarray:
     return (pixels - 128) * contrast + 128 + brightness + cast + slope[:, None]
 
 
-def main() -> None:
-    """Write a data set with another seed, or to another folder."""
+def prepare_by_hand(
+    prepare: Callable[[Path, int], None], folder: Path, description: str | None
+) -> None:
+    """Prepare a data set with the seed and the folder that the options name."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=cli.natural_number, default=0, help="default: 0")
-    folder = cli.PROJECT / "data" / "synthetic"
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=folder, help=f"default: {folder}"
     )
     arguments = parser.parse_args()
     prepare(arguments.out, arguments.seed)
+
+
+def main() -> None:
+    """Write a data set with another seed, or to another folder."""
+    prepare_by_hand(prepare, cli.PROJECT / "data" / "synthetic", __doc__)
 
 
 if __name__ == "__main__":
