@@ -11,7 +11,6 @@ itself is `train` in common/train.py.
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -48,7 +47,7 @@ from common.recipes import (
     Recipe,
     with_epochs,
 )
-from common.train import Run, filter_labels, parallel_map, train
+from common.train import Run, describe_run, filter_labels, parallel_map, train
 
 import numpy as np
 import torch
@@ -85,9 +84,13 @@ class Trained:
 
     recipe: Recipe
     seed: int
-    seconds: float
     logits: Tensor  # of dev, [N, C]
     history: list[dict[str, Any]]  # loss, seconds, scores and recalls of each epoch
+
+    @property
+    def seconds(self) -> float:
+        """How long the training took."""
+        return sum(epoch["seconds"] for epoch in self.history)
 
     @property
     def predicted(self) -> np.ndarray:
@@ -106,12 +109,7 @@ def train_recipes(
     for recipe in recipes:
         for number, seed in enumerate(results.settings["seed"]):
             path = results.folder / f"{run_name(recipe, seed, results)}.ckpt"
-            metadata = {
-                "recipe": asdict(recipe),
-                "seed": seed,
-                "device": device.type,
-                "trained_on": {"name": dataset.name, **dataset.metadata()},
-            }
+            metadata = describe_run(recipe, dataset, seed, device)
             earlier = find_earlier(path, metadata) if resume else {}
             kept = dataset
             if "labels" in earlier:
@@ -152,8 +150,7 @@ def train_run(
     """
     history = list(earlier.get("history", []))
     if "logits" in earlier:  # finished before
-        seconds = sum(epoch["seconds"] for epoch in history)
-        return Trained(recipe, seed, seconds, earlier["logits"], history)
+        return Trained(recipe, seed, earlier["logits"], history)
     unfinished = path.with_suffix(".unfinished.ckpt")
     bar = tqdm(
         total=recipe.epochs,
@@ -165,6 +162,10 @@ def train_run(
     )
     start = time.perf_counter()
 
+    def save(path: Path, model: Classifier, state: dict[str, Any]) -> None:
+        write = partial(save_checkpoint, model=model, metadata=metadata, training=state)
+        cli.write_atomic(path, write)
+
     def after_epoch(run: Run, losses: list[float]) -> None:
         nonlocal start
         predicted = predict_logits(run.result, dev.images, tta=False).argmax(dim=1)
@@ -173,20 +174,15 @@ def train_run(
         scores = {name: score.tolist() for name, score in scores.items()}
         history.append({"loss": float(np.mean(losses)), "seconds": seconds} | scores)
         state = {"history": history, "labels": dataset.labels, "run": run.state_dict()}
-        cli.write_atomic(
-            unfinished,
-            partial(save_checkpoint, model=run.result, metadata=metadata, training=state),
-        )
+        save(unfinished, run.result, state)
         bar.update()
 
     model = train(recipe, dataset, seed, device, after_epoch, earlier.get("run")).cpu()
     bar.close()
     logits = predict_logits(model, dev.images)
-    state = {"history": history, "logits": logits}
-    cli.write_atomic(path, partial(save_checkpoint, model=model, metadata=metadata, training=state))
+    save(path, model, {"history": history, "logits": logits})
     unfinished.unlink(missing_ok=True)
-    seconds = sum(epoch["seconds"] for epoch in history)
-    return Trained(recipe, seed, seconds, logits, history)
+    return Trained(recipe, seed, logits, history)
 
 
 def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -221,14 +217,11 @@ def summarize(runs: list[Trained], dev: Dataset, baseline: list[Trained]) -> dic
         baseline: the runs of the recipe to compare with, if it was trained too.
     """
     scores = [metrics.evaluate(dev.labels, run.predicted, run.seed) for run in runs]
-    names = [*SCORE_TITLES, "recall", "precision"]
-    means, spread = (
-        {name: _combine([each[name] for each in scores], function) for name in names}
-        for function in (np.mean, lambda values: np.std(values, ddof=1) if len(values) > 1 else 0.0)
-    )
+    names = (*SCORE_TITLES, "recall", "precision")
+    combined = [{name: each[name] for name in names} for each in scores]
     return {
-        **means,
-        "spread": spread,
+        **metrics.mean_over_runs(combined),
+        "spread": metrics.spread_over_runs(combined),
         "interval": scores[0]["interval"],
         "recipe": asdict(runs[0].recipe),
         "report": REPORT_SCORES.get(runs[0].recipe.name, {}),
@@ -240,21 +233,11 @@ def summarize(runs: list[Trained], dev: Dataset, baseline: list[Trained]) -> dic
     }
 
 
-def _combine(items: list[Any], function: Any) -> Any:
-    """Combine numbers, or dicts of numbers, of several runs."""
-    if isinstance(items[0], dict):
-        return {key: _combine([item[key] for item in items], function) for key in items[0]}
-    return float(function(items))
-
-
 def compare(runs: list[Trained], baseline: list[Trained], dev: Dataset) -> dict[str, Any]:
     """Return the paired differences between two recipes on dev, over images and seeds."""
     predicted, other = (np.stack([run.predicted for run in each]) for each in (runs, baseline))
-    comparison: dict[str, Any] = {"with": baseline[0].recipe.name}
-    for score in SCORE_TITLES:
-        found = metrics.compare(dev.labels, predicted, other, score)
-        comparison[score] = {**found, "text": metrics.describe_comparison(found)}
-    return comparison
+    found = {score: metrics.compare(dev.labels, predicted, other, score) for score in SCORE_TITLES}
+    return {"with": baseline[0].recipe.name, **found}
 
 
 def curves_of(run: Trained) -> dict[str, list[Any]]:
@@ -270,8 +253,7 @@ def print_summaries(summaries: dict[str, dict[str, Any]]) -> None:
         row = [name]
         for score in SCORE_TITLES:
             theirs = summary["report"].get(score)
-            spread = f" ± {summary['spread'][score]:.3f}" if len(summary["runs"]) > 1 else ""
-            row += ["" if theirs is None else f"{theirs:.3f}", f"{summary[score]:.3f}{spread}"]
+            row += ["" if theirs is None else f"{theirs:.3f}", metrics.format_mean(summary, score)]
         row += [f"{summary['recall'][label]:.2f}" for label in CLASS_NAMES]
         rows.append([*row, f"{np.mean([run['seconds'] for run in summary['runs']]):.0f} s"])
     titles = [text for title in SCORE_TITLES.values() for text in ("report", title)]
@@ -291,19 +273,15 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
     figure, axes = plots.new_figure(1, 3, width=12, height=3.8)
     recipe, runs = summary["recipe"], summary["runs"]
     epochs = range(1, recipe["epochs"] + 1)
-
-    def plot(ax: Any, name: str, label: str, color: str, style: str, column: Any = ...) -> None:
-        values = np.array([run["curves"][name] for run in runs])[:, :, column]
-        plots.plot_runs(ax, epochs, values.reshape(len(runs), -1), label, color, style)
-
-    plot(axes[0], "loss", "training loss", plots.PALETTE[6], "-")
+    curves = {name: np.array([run["curves"][name] for run in runs]) for name in runs[0]["curves"]}
+    plots.plot_runs(axes[0], epochs, curves["loss"], "training loss", plots.PALETTE[6])
     if 0 < (recipe["augment_from"] or 0) < recipe["epochs"]:
         axes[0].axvline(recipe["augment_from"] + 0.5, color="0.5", ls=":", label="augmentation on")
-    plot(axes[1], "accuracy", "accuracy", plots.PALETTE[3], "-")
-    plot(axes[1], "g_mean", "G-mean", plots.PALETTE[4], "--")
+    plots.plot_runs(axes[1], epochs, curves["accuracy"], "accuracy", plots.PALETTE[3])
+    plots.plot_runs(axes[1], epochs, curves["g_mean"], "G-mean", plots.PALETTE[4], "--")
     for label, name in enumerate(CLASS_NAMES):
-        style = plots.LINE_STYLES[label]
-        plot(axes[2], "recall", name, plots.CLASS_COLORS[label], style, label)
+        recall, color = curves["recall"][:, :, label], plots.CLASS_COLORS[label]
+        plots.plot_runs(axes[2], epochs, recall, name, color, plots.LINE_STYLES[label])
     tta = recipe["tta_flip"] or recipe["tta_shift"]
     where = "dev, without test-time augmentation" if tta else "dev"
     texts = ("cross-entropy, mean of the epoch", f"score on {where}", f"recall on {where}")
@@ -355,11 +333,10 @@ def show_mismatch(
         predict_logits(each, dev.images).argmax(dim=1).numpy()
         for each in (model, with_pixel_range(model, other))
     )
-    found = metrics.compare(dev.labels, wrong, right)
     scores = {
         "right_range": metrics.evaluate(dev.labels, right),
         "wrong_range": metrics.evaluate(dev.labels, wrong),
-        "comparison": {**found, "text": metrics.describe_comparison(found)},
+        "comparison": metrics.compare(dev.labels, wrong, right),
     }
     results.save_json("mismatch", {"checkpoint": origin, **scores})
     rows = [
@@ -408,13 +385,10 @@ def read_settings(path: Path) -> Recipe:
         UserError: no such file, or not the results of a search.
     """
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["best"]["settings"]
-        items = list(settings.items())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        settings = dict(cli.read_json(path)["best"]["settings"])
+    except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: has no settings found by tuning.py") from error
-    for name, value in items:
+    for name, value in settings.items():
         low, high = SETTINGS.get(name, (1, 0))
         kinds = (int,) if isinstance(low, int) else (int, float)
         if type(value) not in kinds or not low <= value <= high:

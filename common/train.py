@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from common import metrics
@@ -84,6 +84,14 @@ def train(
         run.epoch += 1
         after_epoch(run, torch.stack(losses).tolist())
     return run.result
+
+
+def describe_run(
+    recipe: Recipe, dataset: Dataset, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Return what a checkpoint says of the training that it came from."""
+    trained_on = {"name": dataset.name, **dataset.metadata()}
+    return {"recipe": asdict(recipe), "seed": seed, "device": device.type, "trained_on": trained_on}
 
 
 class Run:

@@ -245,12 +245,12 @@ def fake_run(recipe, seed, dev, wrong):
     predicted = dev.labels.clone()
     predicted[:wrong] = (predicted[:wrong] + 1) % 3
     logits = torch.nn.functional.one_hot(predicted, 3).float()
-    names = ("loss", *metrics.SCORE_TITLES)
+    names = ("loss", "seconds", *metrics.SCORE_TITLES)
     history = [
         {**{name: generator.random() for name in names}, "recall": generator.random(3).tolist()}
         for _ in range(recipe.epochs)
     ]
-    return training.Trained(recipe, seed, 1.0, logits, history)
+    return training.Trained(recipe, seed, logits, history)
 
 
 def test_curves_show_the_mean_over_seeds_and_where_augmentation_starts(dev):
@@ -428,16 +428,17 @@ def best(**settings):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has no settings found by tuning.py"),
+        ("", "not a JSON file"),
+        ("{}", "has no settings found by tuning.py"),
         ("[]", "has no settings"),
         ("null", "has no settings"),
         ('{"best": []}', "has no settings"),
         ('{"best": {"settings": [1]}}', "has no settings"),
         ('{"best": {"settings": null}}', "has no settings"),
-        ("[" * 100_000, "has no settings"),
-        ('{"best": ' * 50_000, "has no settings"),
-        ("\udcff", "has no settings"),
-        (f'{{"best": {{"settings": {{"cutout": {"9" * 5000}}}}}}}', "has no settings"),
+        ("[" * 100_000, "not a JSON file"),
+        ('{"best": ' * 50_000, "not a JSON file"),
+        ("\udcff", "not a JSON file"),
+        (f'{{"best": {{"settings": {{"cutout": {"9" * 5000}}}}}}}', "not a JSON file"),
         (best(learning_rate=float("nan")), "'learning_rate' is nan"),
         (best(learning_rate=float("inf")), "'learning_rate' is inf"),
         (best(learning_rate=0), "'learning_rate' is 0"),
@@ -451,7 +452,7 @@ def best(**settings):
         (best(**{"\x1b[2J" * 10**6: 1}), "[2J"),
         (best(color_jitter="x" * 10**6), "'color_jitter' is 'xxx"),
     ],
-    ids=range(22),
+    ids=range(23),
 )
 def test_settings_that_can_not_be_are_refused_in_one_short_line(text, message, tmp_path):
     path = tmp_path / "tuning.json"
