@@ -11,8 +11,7 @@ themselves are in common/attacks.py.
 import argparse
 import textwrap
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -42,7 +41,7 @@ from common.model import (
     save_checkpoint,
 )
 from common.recipes import FINAL, ROBUST, with_epochs
-from common.train import parallel_map, train
+from common.train import describe_run, parallel_map, train
 
 import numpy as np
 import torch
@@ -56,7 +55,6 @@ REPORT_EPSILONS = (0.05, 0.1)
 EPSILONS = (0.02, 0.0314, *REPORT_EPSILONS)  # 0.0314 is 8/255, the field's usual one
 PGD_STEPS = 20
 RUNS = 3  # seeds of noise that is the same for all images
-FIT_BATCH_SIZE = len(CLASS_NAMES) * IMAGES_PER_CLASS
 BUDGET = 1e11  # FLOPs of predicting all images once with which the attacks take a few minutes
 EXAMPLES = 6  # images in a row of a figure
 SALIENCY_EXAMPLES = 4
@@ -149,8 +147,8 @@ def attack_all(
         noise = {"random_noise": [random_noise(epsilon) for _ in seeds]}
         if training_set:
             noise["universal"] = [fit(epsilon, each) for each in seeds]
-        if training_set and to_next_label:
-            noise["universal_to_next_label"] = [fit(epsilon, each, True) for each in seeds]
+            if to_next_label:
+                noise["universal_to_next_label"] = [fit(epsilon, each, True) for each in seeds]
         for name, draws in noise.items():
             images = [(clean + each).clamp(0, 1) for each in draws]
             logits = torch.stack([predict_logits(model, each) for each in images])
@@ -192,9 +190,9 @@ def expected_seconds(model: Classifier, dev: Dataset, epsilons: int) -> float:
         start = time.perf_counter()
         in_batches(fgsm, model, images, labels, epsilon=0.1)
     seconds_per_gradient = (time.perf_counter() - start) / len(images)
-    fit = UNIVERSAL_STEPS * FIT_BATCH_SIZE / len(model.views(images)) + FIT_BATCH_SIZE
-    predictions = (2 + 3 * RUNS) / 3  # one takes a third of a gradient's time
-    gradients = len(dev) * (1 + PGD_STEPS + predictions) + 2 * RUNS * fit
+    steps = 2 * RUNS * UNIVERSAL_STEPS / len(model.views(images))  # of universal perturbations
+    # For each dev image FGSM's gradient, PGD's, and predictions, in a third of a gradient's time.
+    gradients = len(dev) * (1 + PGD_STEPS + RUNS) + steps * len(CLASS_NAMES) * IMAGES_PER_CLASS
     return epsilons * gradients * seconds_per_gradient
 
 
@@ -224,13 +222,11 @@ def summarize_attack(
     """
     runs = [summarize_run(labels, before, after, seed) for after in attacked.predicted]
     fraction, label = (attacked.predicted.flatten().bincount() / attacked.predicted.numel()).max(0)
-    summary = _combine(runs, np.mean)
+    summary = metrics.mean_over_runs(runs)
     summary["most_predicted"] = {"class": CLASS_NAMES[label], "fraction": fraction.item()}
     if attacked.noise is not None:
-        names = (*SCORE_TITLES, "success_rate")
-        spread = partial(np.std, ddof=1) if len(runs) > 1 else np.std
-        summary["spread"] = _combine([{name: run[name] for name in names} for run in runs], spread)
-        summary["runs"] = runs
+        scores = [{name: run[name] for name in (*SCORE_TITLES, "success_rate")} for run in runs]
+        summary |= {"spread": metrics.spread_over_runs(scores), "runs": runs}
     return summary
 
 
@@ -245,26 +241,15 @@ def summarize_run(labels: Tensor, before: Tensor, after: Tensor, seed: int) -> d
     return scores
 
 
-def _combine(items: list[Any], function: Callable[[list[float]], float]) -> Any:
-    """Combine the numbers of several runs, or dicts and lists of numbers."""
-    if isinstance(items[0], dict):
-        return {key: _combine([item[key] for item in items], function) for key in items[0]}
-    if isinstance(items[0], list):
-        return [_combine(list(parts), function) for parts in zip(*items, strict=True)]
-    return None if items[0] is None else float(function(items))
-
-
 def compare(robust: Target, plain: Target, labels: Tensor) -> dict[str, Any]:
     """Return how much better the robust model is under each attack, on the same images."""
-    comparisons: dict[str, Any] = {}
-    for name, found in robust.attacks.items():
-        comparisons[name] = {}
-        for ours, theirs in zip(found, plain.attacks[name], strict=True):
-            predicted = ours.predicted.numpy(), theirs.predicted.numpy()
-            comparison = metrics.compare(labels, *predicted, "balanced_accuracy")
-            text = metrics.describe_comparison(comparison)
-            comparisons[name][ours.key] = {**comparison, "text": text}
-    return comparisons
+    return {
+        name: {
+            ours.key: metrics.compare(labels, ours.predicted, theirs.predicted, "balanced_accuracy")
+            for ours, theirs in zip(found, plain.attacks[name], strict=True)
+        }
+        for name, found in robust.attacks.items()
+    }
 
 
 def print_summaries(numbers: dict[str, Any]) -> None:
@@ -289,13 +274,11 @@ def _cells(scores: dict[str, Any]) -> list[str]:
     """Return the cells of a row of the table."""
     cells = []
     for name in (*SCORE_TITLES, "success_rate"):
-        if scores.get(name) is None:
-            cells.append("")
-            continue
-        spread = f" ± {scores['spread'][name]:.3f}" if len(scores.get("runs", [])) > 1 else ""
-        low, high = scores["interval"][name]
-        interval = f" [{low:.2f}, {high:.2f}]" if name in ("g_mean", "success_rate") else ""
-        cells.append(f"{scores[name]:.3f}{spread}{interval}")
+        known = scores.get(name) is not None
+        text = metrics.format_mean(scores, name) if known else ""
+        if known and name in ("g_mean", "success_rate"):
+            text += " [{:.2f}, {:.2f}]".format(*scores["interval"][name])
+        cells.append(text)
     most = scores.get("most_predicted")
     return [*cells, f"{most['class']}, {most['fraction']:.0%}" if most else ""]
 
@@ -348,13 +331,13 @@ def draw_saliency(dataset: Dataset, targets: dict[str, Target]) -> Figure:
     """Return a figure of each model's saliency maps before and after FGSM."""
     plain = targets["plain"]
     shown = choose_epsilons(plain.attacks["fgsm"])[0]
+    place = plain.attacks["fgsm"].index(shown)
     examples = choose_examples(dataset.labels, plain.predicted, shown.predicted[0])
     rows: dict[str, list[Cell]] = {}
     for index in examples[:SALIENCY_EXAMPLES]:
         clean, label = to_float(dataset.images[index]), int(dataset.labels[index])
         cells: list[Cell] = [(clean, "clean")]
         for name, target in targets.items():
-            place = plain.attacks["fgsm"].index(shown)
             attacked = target.attacks["fgsm"][place]
             before = saliency(target.model, clean, label)
             after = saliency(target.model, attacked.images[index], label)
@@ -484,23 +467,19 @@ def find_plain(
     Raises:
         UserError: none is named, and there is no training set, or a final model of other data.
     """
-    own = results.folder / f"{FINAL.name}.ckpt"
     if arguments.checkpoint:
         return arguments.checkpoint
     if training_set is None:
         raise UserError("no training set to train a model on; name a model by --checkpoint")
-    if own.exists() and not is_trained_on(own, training_set):
-        raise UserError(f"{own}: was trained on other data; name a model by --checkpoint")
+    own = results.folder / f"{FINAL.name}.ckpt"
     if not own.exists():
-        recipe = with_epochs(FINAL, None, arguments.quick)
+        recipe, device = with_epochs(FINAL, None, arguments.quick), choose_device(arguments.device)
         cli.say(f"training a model first: recipe {recipe.name}, {recipe.epochs} epochs")
-        device = choose_device(arguments.device)
-        jobs = [(recipe, training_set, arguments.seed, device)]
-        [model] = parallel_map(train, jobs, device, recipe.name, recipe.threads)
-        trained_on = {"name": training_set.name, **training_set.metadata()}
-        metadata = {"recipe": asdict(recipe), "seed": arguments.seed, "device": device.type}
-        metadata["trained_on"] = trained_on
-        results.save(own.name, partial(save_checkpoint, model=model, metadata=metadata))
+        job = (recipe, training_set, arguments.seed, device)
+        [model] = parallel_map(train, [job], device, recipe.name, recipe.threads)
+        results.save(own.name, partial(save_checkpoint, model=model, metadata=describe_run(*job)))
+    elif not is_trained_on(own, training_set):
+        raise UserError(f"{own}: was trained on other data; name a model by --checkpoint")
     return own
 
 
@@ -508,9 +487,9 @@ def find_robust(
     arguments: argparse.Namespace, results: Results, training_set: Dataset | None, dev: Dataset
 ) -> Path | None:
     """Return the checkpoint to compare with: the one named, or else one that fits the data."""
-    own = results.folder / f"{ROBUST.name}.ckpt"
     if arguments.robust:
         return arguments.robust
+    own = results.folder / f"{ROBUST.name}.ckpt"
     if training_set and own.exists() and is_trained_on(own, training_set):
         return own
     return None if dev.name == "synthetic" else SHIPPED_ROBUST
@@ -526,10 +505,8 @@ def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifie
     """Return a checkpoint's model and metadata; the pixel range is that of bare ones."""
     bare = is_bare(path)
     model, metadata = load_checkpoint(path, pixel_range if bare else None)
-    note = ""
-    if bare and not pixel_range:
-        note = "; pixels taken to be in [-1, 1]; if it was trained on [0, 1]: --pixel-range 0,1"
-    cli.say(f"{path}: {describe_checkpoint(metadata)}{note}")
+    note = "; pixels taken to be in [-1, 1]; if it was trained on [0, 1]: --pixel-range 0,1"
+    cli.say(f"{path}: {describe_checkpoint(metadata)}{note if bare and not pixel_range else ''}")
     return model, {"file": path.name, **metadata}
 
 

@@ -43,16 +43,6 @@ def clamped_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels).clamp(max=LOSS_CAP)
 
 
-def cw_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the largest wrong logit minus the right one, [B] (Carlini and Wagner, 2017).
-
-    It is above 0 where the model is wrong. Unlike the cross-entropy it has a gradient even where
-    the softmax is 1 to the last digit.
-    """
-    right = F.one_hot(labels, logits.shape[1]).bool()
-    return logits.masked_fill(right, -torch.inf).amax(dim=1) - logits[right]
-
-
 def input_gradient(
     model: Model, images: Tensor, labels: Tensor, loss: Loss = cross_entropy
 ) -> tuple[Tensor, Tensor]:
@@ -104,7 +94,6 @@ def pgd(
     random_start: bool = True,
     restarts: int = 1,
     targeted: bool = False,
-    loss: Loss = cross_entropy,
     stop_early: bool = True,
 ) -> Tensor:
     """Projected gradient descent (Madry et al., 2018): small steps of FGSM, kept in the ball.
@@ -119,7 +108,6 @@ def pgd(
         random_start: start at a random point of the ball, not at the image.
         restarts: how many times to try, each from another random start.
         targeted: go down the loss instead of up.
-        loss: of logits and labels, [B]: cross_entropy or cw_margin.
         stop_early: leave an image alone once the attack on it has succeeded. It saves most of
             the work, and restarts and further steps can't make the attack weaker.
 
@@ -146,7 +134,7 @@ def pgd(
         for _ in range(steps):
             if len(active) == 0:
                 break
-            gradient, logits = input_gradient(model, adversarial[active], labels[active], loss)
+            gradient, logits = input_gradient(model, adversarial[active], labels[active])
             if stop_early:
                 goes_on = ~succeeded(logits, active)
                 active, gradient = active[goes_on], gradient[goes_on]

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from common.attacks import (
     clamped_cross_entropy,
-    cw_margin,
     fgsm,
     in_batches,
     input_gradient,
@@ -215,23 +214,6 @@ class SingleView(nn.Module):
 
 
 # ---- losses and gradients ---------------------------------------------------------------------
-
-
-def test_cw_margin_by_hand():
-    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]])
-    assert cw_margin(logits, torch.tensor([0, 2])).tolist() == [-1.0, 4.0]
-
-
-def test_cw_margin_has_a_gradient_where_cross_entropy_is_flat(model, dev, images):
-    def confident(x):
-        return 1e4 * model(x)
-
-    correct = predict_logits(model, images).argmax(dim=1) == dev.labels
-    images, labels = images[correct], dev.labels[correct]
-    flat, _ = input_gradient(confident, images, labels)
-    steep, _ = input_gradient(confident, images, labels, cw_margin)
-    assert (flat == 0).all(dim=(1, 2, 3)).float().mean() > 0.5
-    assert (steep != 0).flatten(1).any(dim=1).all()
 
 
 def test_clamped_loss_has_no_gradient_for_images_that_are_lost():
