@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, metrics, plots
-from common.cli import PROJECT, Results
+from common.cli import Results
 from common.data import (
     CLASS_NAMES,
     SPLITS,
@@ -37,7 +37,6 @@ from common.train import cross_val_logits, filter_labels, parallel_map, train_an
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -210,10 +209,8 @@ def draw_sheet(dataset: Dataset, corrections: Sequence[Correction], label: int) 
 
 def render_review(dataset: Dataset, corrections: Sequence[Correction], file: str) -> str:
     """Return the page on which a person accepts or rejects, as one HTML file."""
-    environment = Environment(
-        loader=FileSystemLoader(PROJECT), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("label_review.html").render(
+    return cli.render(
+        "label_review.html",
         name=cli.clean(dataset.name),
         split=dataset.split,
         file=file,

@@ -14,20 +14,17 @@ import argparse
 import base64
 import contextlib
 import csv
-import functools
 import hashlib
 import json
 import os
 import platform
 import shlex
-import struct
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +35,9 @@ from common.metrics import SCORE_TITLES
 from common.model import choose_device, describe_checkpoint, load_checkpoint
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
+from PIL import Image
 
-PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
 SECONDS_FOR_CTRL_C = 2.0  # that a script may take to end by itself
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
@@ -70,11 +66,6 @@ class Step:
     def script(self) -> str:
         """The script's file name."""
         return self.command.split()[0]
-
-    @property
-    def result(self) -> str:
-        """The JSON file that the step leaves."""
-        return "mismatch.json" if self.name == "mismatch" else f"{Path(self.script).stem}.json"
 
 
 RECIPE = "training.py --recipe"
@@ -118,7 +109,7 @@ class Report:
         self.arguments, self.folder = arguments, folder
         self.steps = [step for step in STEPS if step.full in (None, arguments.full)]
         self.seconds: dict[str, float] = {}
-        self.versions = {"Python": platform.python_version()} | {p: version(p) for p in PACKAGES}
+        self.versions = cli.versions()
         choose_device(arguments.device)
         source = open_data(arguments.data)
         # The steps need not search again.
@@ -143,8 +134,8 @@ class Report:
         for number, step in enumerate(self.steps):
             head = f"[{number + 1}/{len(self.steps)}] {step.title}"
             origin, state = self.origin_of(step), self.state_of(step)
-            seconds = state.pop("seconds", None)
-            if state == origin and seconds is not None:
+            seconds = state.pop("seconds", None)  # None if it was not finished
+            if state == origin and seconds is not None and self.result_of(step).is_file():
                 cli.say(f"{head}: done before")
             else:
                 cli.say(f"{head} ...{self.time_left(number)}")
@@ -166,29 +157,28 @@ class Report:
     def origin_of(self, step: Step) -> dict[str, Any]:
         """Return all that the results of a step follow from."""
         options = self.options_of(step)
-        code = [PROJECT / step.script, *(PROJECT / "common").glob("*.py")]
+        inputs = [Path(option) for option in options if Path(option).is_file()]
+        code = [PROJECT / step.script, *PROJECT.glob("common/*.py"), *PROJECT.glob("models/*.ckpt")]
         return {
             "options": options,
             "data": self.data,
-            "inputs": digest([Path(option) for option in options if Path(option).is_file()]),
-            "code": digest([*code, *(PROJECT / "models").glob("*.ckpt")]),
+            "inputs": digest(inputs),
+            "code": digest(code),
             "versions": self.versions,
         }
 
     def state_of(self, step: Step) -> dict[str, Any]:
-        """Return the step.json that an earlier run has left; {} if it is of no use.
-
-        Its `seconds` are null if the step was not finished.
-        """
-        folder = Path(self.paths[step.name])
+        """Return the step.json that an earlier run has left; {} if it is of no use."""
         try:
-            state = json.loads((folder / "step.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            state = cli.read_json(Path(self.paths[step.name]) / "step.json")
+        except UserError:
             return {}
-        if not isinstance(state, dict) or not isinstance(state.get("seconds"), float | None):
-            return {}
-        finished = state.get("seconds") is not None
-        return {} if finished and not (folder / step.result).is_file() else state
+        return state if isinstance(state, dict) else {}
+
+    def result_of(self, step: Step) -> Path:
+        """Return the path of the JSON file that a step leaves."""
+        result = "mismatch" if step.name == "mismatch" else Path(step.script).stem
+        return Path(self.paths[step.name]) / f"{result}.json"
 
     def time_left(self, number: int) -> str:
         """Say how long the rest will take if this machine stays as fast as it has been."""
@@ -239,7 +229,7 @@ class Report:
     def without_near_duplicates(self) -> dict[str, Any]:
         """Return the scores of the model to hand in without the dev images that train has too."""
         labels, predicted = read_predictions(Path(self.paths["model"]) / "predictions.csv")
-        pairs = read_json(Path(self.paths["data"]) / "inspectData.json")["near_duplicates"]
+        pairs = cli.read_json(Path(self.paths["data"]) / "inspectData.json")["near_duplicates"]
         others = np.delete(np.arange(len(labels)), [pair["dev"] for pair in pairs])
         whole = len(np.unique(labels[others])) == len(CLASS_NAMES)  # else there is no G-mean
         scores = metrics.evaluate(labels[others], predicted[others]) if whole else None
@@ -247,11 +237,9 @@ class Report:
 
     def write_page(self) -> Path:
         """Write the page; return its path."""
-        path = self.folder / "index.html"
-        facts = {name: getattr(self, name) for name in ("arguments", "data", "steps", "seconds")}
-        facts |= {"versions": self.versions, "machine": describe_machine(), "about": self.about()}
-        text = render(Files(self.folder / "steps"), **facts)
-        cli.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+        path, files = self.folder / "index.html", Files(self.folder / "steps")
+        facts = {"about": self.about(), "machine": describe_machine()}
+        cli.write_text(path, cli.render("report.html", report=self, files=files, **facts))
         return path
 
     def about(self) -> dict[str, str]:
@@ -344,8 +332,7 @@ def digest(paths: list[Path]) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    cli.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+    cli.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -373,25 +360,15 @@ def locked(folder: Path) -> Iterator[None]:
         lock.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        UserError: it can't be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        message = f"{path}: can't be read; delete {path.parent} to run this step again"
-        raise UserError(message) from error
-
-
 def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the labels [N] and the predicted classes [N] of a predictions file."""
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [(row["label"], row["predicted"]) for row in csv.DictReader(file)]
-    labels, predicted = zip(*rows, strict=True)
-    return tuple(np.array([CLASS_NAMES.index(name) for name in c]) for c in (labels, predicted))
+        rows = list(csv.DictReader(file))
+    labels, predicted = (
+        np.array([CLASS_NAMES.index(row[column]) for row in rows])
+        for column in ("label", "predicted")
+    )
+    return labels, predicted
 
 
 # ---- the page -------------------------------------------------------------------------------
@@ -423,7 +400,7 @@ class Files:
     def value(self, file: str, path: str = "") -> Any:
         """Return what stands in a JSON file, such as recipes/training.json, at a path of keys."""
         if file not in self.read:
-            self.read[file] = read_json(self.folder / file)
+            self.read[file] = cli.read_json(self.folder / file)
         found = self.read[file]
         for key in filter(None, path.split("/")):
             found = found[int(key) if isinstance(found, list) else key]
@@ -474,9 +451,8 @@ class Files:
         path = self.folder / file
         if not path.exists():
             return Markup("")
-        image = path.read_bytes()
-        sizes = struct.unpack(">II", image[16:24])  # a PNG's width and height
-        width, height = (round(size * SCREEN_DPI / cli.FIGURE_DPI) for size in sizes)
+        with Image.open(path) as image:
+            width, height = (round(size * SCREEN_DPI / cli.FIGURE_DPI) for size in image.size)
         return Markup(
             '<figure{}><div class="card"><img width="{}" height="{}" alt="{}" '
             'src="data:image/png;base64,{}"></div><figcaption>{}{}</figcaption></figure>'
@@ -485,30 +461,10 @@ class Files:
             width,
             height,
             caption,
-            base64.b64encode(image).decode(),
+            base64.b64encode(path.read_bytes()).decode(),
             Markup("<strong>{}.</strong> ").format(label) if label else "",
             caption,
         )
-
-
-@functools.cache
-def load_template() -> Template:
-    """Return report.html, compiled."""
-    environment = Environment(
-        loader=FileSystemLoader(PROJECT),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html")
-
-
-def render(files: Files, **facts: Any) -> str:
-    """Return the page: report.html, filled in from the files and from further facts."""
-    names = ("value", "count", "spread", "interval", "comparison", "figure")
-    helpers = {name: getattr(files, name) for name in names} | {"n": files.number}
-    return load_template().render(**helpers, **facts)
 
 
 # ---- options --------------------------------------------------------------------------------

@@ -394,7 +394,7 @@ def test_broken_result_ends_with_one_line(make_report, tmp_path):
     status, _, error = make_report()
     assert status == 2
     assert error.count("\n") == 1
-    assert "mismatch.json: can't be read; delete" in error
+    assert "mismatch.json: not a JSON file" in error
 
 
 # ---- running at the same time, and failing -----------------------------------------------------
