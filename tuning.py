@@ -25,7 +25,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,6 @@ EPOCHS = 16  # fewer than the recipe has: what is good early is mostly good late
 PARTS = 3  # of the training set: two to search on, one left aside for the comparison
 SEEDS = 3  # of the comparison
 ROWS_SHOWN = 5
-ABANDONED = timedelta(days=1)  # no trial takes that long
 # In steps where the last digits would not matter, or where close to 0 is not the same as 0.
 SPACE = {
     "learning_rate": FloatDistribution(1e-3, 3e-2, log=True),
@@ -124,11 +122,8 @@ def check(
     runs = [g_mean(aside.labels, each) for each in logits]
     predicted = torch.stack(logits).argmax(dim=-1)
     comparison = metrics.compare(aside.labels, predicted[SEEDS:], predicted[:SEEDS], seed=seed)
-    scores = {"default": runs[:SEEDS], "best": runs[SEEDS:]}
-    numbers = {
-        name: {"g_mean": np.mean(each).item(), "runs": each} for name, each in scores.items()
-    }
-    return numbers | {"comparison": comparison}
+    own, found = ({"g_mean": np.mean(r).item(), "runs": r} for r in (runs[:SEEDS], runs[SEEDS:]))
+    return {"default": own, "best": found, "comparison": comparison}
 
 
 # ---- the database of trials -------------------------------------------------------------------
@@ -186,17 +181,16 @@ def study_name(recipe: Recipe, dataset: Dataset, seed: int) -> str:
     return f"{recipe.name}-{dataset.fingerprint}-epochs{recipe.epochs}-seed{seed}-{rest:08x}"
 
 
-def trials_of(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
-    """Return the trials in one of these states, in their order."""
-    return study.get_trials(deepcopy=False, states=states)
+def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials that were completed, in their order."""
+    return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
 
-def end_abandoned_trials(study: optuna.Study) -> None:
-    """Mark trials as failed whose process was killed, on this machine or long ago on another."""
-    for trial in trials_of(study, TrialState.RUNNING):
+def end_killed_trials(study: optuna.Study) -> None:
+    """Mark trials as failed whose process was killed on this machine."""
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         host, process = trial.user_attrs.get("worker", (None, None))
-        killed = host == socket.gethostname() and not cli.is_running(process)
-        if killed or datetime.now() - trial.datetime_start > ABANDONED:
+        if host == socket.gethostname() and not cli.is_running(process):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
@@ -220,13 +214,12 @@ def search(
         score: of a recipe; the higher, the better.
         after_trial: called after each.
     """
-    done = len(trials_of(study, TrialState.COMPLETE))
-    with tqdm(total=trials, initial=done, desc="trials", disable=None) as bar:
-        while needs_trial(study, trials):
-            end_abandoned_trials(study)
-            if not has_default(study, TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING):
-                own = {name: getattr(recipe, name) for name in SPACE}
-                study.enqueue_trial(own, user_attrs={"is_default": True})
+    end_killed_trials(study)
+    done, own = complete_trials(study), settings_of(recipe)
+    if own not in [trial.params for trial in done]:
+        study.enqueue_trial(own)
+    with tqdm(total=trials, initial=len(done), desc="trials", disable=None) as bar:
+        while len(complete_trials(study)) < trials:
             study.sampler = make_sampler(study, seed)
             trial = study.ask(SPACE)
             trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
@@ -240,15 +233,9 @@ def search(
             bar.update()
 
 
-def needs_trial(study: optuna.Study, trials: int) -> bool:
-    """Tell whether more trials are wanted, the recipe's own settings among them."""
-    too_few = len(trials_of(study, TrialState.COMPLETE)) < trials
-    return too_few or not has_default(study, TrialState.COMPLETE)
-
-
-def has_default(study: optuna.Study, *states: TrialState) -> bool:
-    """Tell whether the trial of the recipe's own settings is in one of these states."""
-    return any("is_default" in trial.user_attrs for trial in trials_of(study, *states))
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's own settings of those that are searched."""
+    return {name: getattr(recipe, name) for name in SPACE}
 
 
 def make_sampler(study: optuna.Study, seed: int) -> optuna.samplers.BaseSampler:
@@ -264,9 +251,9 @@ def numbers_of(study: optuna.Study, recipe: Recipe) -> dict[str, Any]:
             "number": trial.number,
             "g_mean": trial.value,
             "settings": trial.params,
-            "is_default": "is_default" in trial.user_attrs,
+            "is_default": trial.params == settings_of(recipe),
         }
-        for trial in trials_of(study, TrialState.COMPLETE)
+        for trial in complete_trials(study)
     ]
     best = max(trials, key=lambda trial: trial["g_mean"])
     return {"recipe": asdict(recipe), "study": study.study_name, "trials": trials, "best": best}
@@ -330,8 +317,7 @@ def print_check(checked: dict[str, Any] | None) -> None:
     own, best = checked["default"]["g_mean"], checked["best"]["g_mean"]
     cli.say(
         f"\nOn images that no trial has seen, {SEEDS} seeds: G-mean {best:.3f} with the best "
-        f"settings, {own:.3f} with the recipe's own:\n"
-        f"{metrics.describe_comparison(checked['comparison'])}"
+        f"settings, {own:.3f} with the recipe's own:\n{checked['comparison']['text']}"
     )
 
 

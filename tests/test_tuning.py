@@ -6,14 +6,13 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import tuning
 from common.cli import PROJECT, UserError
 from common.data import Correction, format_corrections, open_data
 from common.recipes import TUNED
-from tuning import search, trials_of
+from tuning import complete_trials, search
 
 import numpy as np
 import optuna
@@ -36,7 +35,7 @@ def best_near_a_third(recipe):
 
 
 def settings_of(study):
-    return [trial.params for trial in trials_of(study, TrialState.COMPLETE)]
+    return [trial.params for trial in complete_trials(study)]
 
 
 # ---- search -----------------------------------------------------------------------------------
@@ -125,14 +124,6 @@ def test_a_trial_whose_process_was_killed_is_ended_and_its_settings_are_tried_ag
     search(study, TUNED, 2, best_near_a_third, 0)
     assert states(study) == ["FAIL", "RUNNING", "RUNNING", "COMPLETE", "COMPLETE"]
     assert settings_of(study)[0] == OWN
-
-
-def test_a_trial_of_another_machine_is_ended_after_a_day(study, monkeypatch):
-    leave_running(study, "another machine", 1)
-    study.ask(tuning.SPACE)  # killed before it said whose it is
-    monkeypatch.setattr(tuning, "ABANDONED", timedelta(0))
-    search(study, TUNED, 1, best_near_a_third, 0)
-    assert states(study) == ["FAIL", "FAIL", "COMPLETE"]
 
 
 def test_a_trial_that_another_worker_has_ended_meanwhile_does_no_harm(study):
