@@ -39,6 +39,7 @@ from common.model import (
     predict_logits,
     with_pixel_range,
 )
+from common.recipes import REPORT_SCORES
 
 import numpy as np
 import torch
@@ -48,7 +49,6 @@ from tqdm import tqdm
 
 PRE_TRAINED = cli.PROJECT / "models" / "pre_trained.ckpt"
 BEST = cli.PROJECT / "models" / "best.ckpt"
-REPORT_SCORES = {"accuracy": 0.88, "balanced_accuracy": 0.34, "g_mean": 0.0}  # of PRE_TRAINED
 TITLES = SCORE_TITLES | {
     f"{kind}_{name}": f"{kind} of {name}"
     for kind in ("recall", "precision")
@@ -89,8 +89,9 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
     for file in dict.fromkeys(files):
         name = file.name if same_name[file.name] == 1 else str(file)
         members = _checkpoints_in_zip(file) if file.suffix.lower() == ".zip" else [""]
-        names = [name] if len(members) == 1 else [f"{name}: {member}" for member in members]
-        sources += map(Source, map(_one_line, names), itertools.repeat(file), members)
+        for member in members:
+            full_name = name if len(members) == 1 else f"{name}: {member}"
+            sources.append(Source(_one_line(full_name), file, member))
     return sources
 
 
@@ -223,7 +224,7 @@ def evaluate_one(source: Source, dataset: Dataset, arguments: argparse.Namespace
     cli.say(f"{source.name}, {describe_checkpoint(found.metadata)}")
     cli.say(f"on {dataset.name}, {dataset.split}: {len(dataset)} images\n")
     as_in_the_report = source.path.resolve() == PRE_TRAINED and dataset.split == "dev"
-    print_scores(found, REPORT_SCORES if as_in_the_report else {})
+    print_scores(found, REPORT_SCORES["pre_trained"] if as_in_the_report else {})
     print_remarks(found, dataset)
     results.print_written()
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 COURSE_RANGE = (-1.0, 1.0)  # of the course's pixels, and so of its bare checkpoints
 PREDICTION_BATCH = 500
-LARGEST_METADATA = 2000  # values
 LARGEST_FILE = 2**28  # bytes, of a checkpoint; ours have a few million
 LARGEST_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
 LARGEST_PIXEL = 1000  # after normalization
