@@ -55,14 +55,10 @@ RECIPE = replace(
     mixup=0.2,  # wrong labels are memorized less
 )
 DEV_MODELS = 2  # of each network
-# A label is flagged if it is wrong with a probability above FLAG. The suggested one is accepted if
-# its own probability is above ACCEPT. That may be less than one half, since the models are
-# cautious: of the course's labels that they gave a probability of 0.35 to 0.5 to be wrong, six in
-# ten were. But where they take a truck for a car or a car for a truck, they often err.
+# A label is flagged, for a person to look at, if it is wrong with a higher probability than this.
 FLAG = 0.2
-ACCEPT = 0.3
-ACCEPT_VEHICLE = 0.5
-VEHICLES = [CLASS_NAMES.index("car"), CLASS_NAMES.index("truck")]
+# The suggested label is accepted if it is more probable than all others together.
+ACCEPT = 0.5
 SHEET_IMAGES = 120  # of one class, at most
 
 
@@ -103,9 +99,7 @@ def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction
     others = posterior.copy()
     others[images, labels] = 0
     suggested, confidence = others.argmax(axis=1), others.max(axis=1)
-    similar = np.isin(labels, VEHICLES) & np.isin(suggested, VEHICLES)
-    threshold = np.where(similar, ACCEPT_VEHICLE, ACCEPT)
-    accepted = ~metrics.keep_classes(confidence <= threshold, labels)
+    accepted = ~metrics.keep_classes(confidence <= ACCEPT, labels)
     flagged = doubt > FLAG
     for i, j, _ in near_duplicates(dataset.images):
         if labels[i] != labels[j]:

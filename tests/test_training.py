@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -232,9 +233,6 @@ def test_all_recipes_run(run_training):
     assert numbers_of()["recipes"]["robust"]["recipe"]["epochs"] == 2
 
 
-# ---- figures ----------------------------------------------------------------------------------
-
-
 def summary_of(runs, dev):
     return training.summarize(runs, dev, [])
 
@@ -251,6 +249,20 @@ def fake_run(recipe, seed, dev, wrong):
         for _ in range(recipe.epochs)
     ]
     return training.Trained(recipe, seed, logits, history)
+
+
+def test_a_summary_has_the_mean_and_the_standard_deviation_over_seeds(dev):
+    runs = [fake_run(NAIVE, seed, dev, wrong) for seed, wrong in ((0, 5), (1, 10))]
+    summary = summary_of(runs, dev)
+    assert summary["accuracy"] == pytest.approx(52.5 / 60)
+    assert summary["spread"]["accuracy"] == pytest.approx(5 / 60 / 2**0.5)
+    recalls = [run["recall"]["car"] for run in summary["runs"]]
+    assert recalls[0] > recalls[1]
+    assert summary["spread"]["recall"]["car"] == pytest.approx(np.std(recalls, ddof=1))
+    assert summary["interval"] == metrics.evaluate(dev.labels, runs[0].predicted)["interval"]
+
+
+# ---- figures ----------------------------------------------------------------------------------
 
 
 def test_curves_show_the_mean_over_seeds_and_where_augmentation_starts(dev):
@@ -582,7 +594,7 @@ def test_the_reports_lesson_shows_on_synthetic_images(run_script):
 def test_final_recognizes_all_classes_of_the_courses_images_and_naive_does_not(
     run_script, monkeypatch
 ):
-    monkeypatch.undo()  # runs side by side
+    monkeypatch.setattr("common.train._core_count", os.cpu_count)  # runs side by side
     options = ("--data", COURSE_DATA, "--recipe", "naive,final", "--seed", "0,1,2", "--out", "out")
     assert run_script(training, *options)[0] == 0
     naive, final = numbers_of()["recipes"].values()

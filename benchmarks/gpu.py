@@ -1,0 +1,81 @@
+"""How long do the recipes take on a GPU, whole, and are the models as good as a CPU's?
+
+    python benchmarks/gpu.py --data FOLDER --seed 0,1,2
+
+It takes less than five minutes on one data-center GPU. The first run of a recipe is listed apart:
+it pays for loading and choosing the GPU's kernels.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import cli, metrics
+from common.data import Dataset, open_data
+from common.model import choose_device, predict_logits
+from common.recipes import BEST, ROBUST, TUNED, Recipe, with_epochs
+from common.train import filter_labels, train
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the GPU has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run(
+    recipe: Recipe, dataset: Dataset, dev: Dataset, seed: int, device: torch.device
+) -> tuple[float, float, float]:
+    """Train once; return the seconds of the label filter, those of the training, and the G-mean."""
+    start = time.perf_counter()
+    if recipe.label_filter:
+        dataset = filter_labels(recipe.label_filter, dataset, seed, device)
+    finish(device)
+    filtered = time.perf_counter()
+    model = train(recipe, dataset, seed, device)
+    finish(device)
+    trained = time.perf_counter()
+    predicted = predict_logits(model, dev.images).argmax(dim=1)
+    g_mean = metrics.evaluate(dev.labels, predicted)["g_mean"]
+    return filtered - start, trained - filtered, g_mean
+
+
+def main() -> None:
+    """Print a row for each recipe."""
+    parser = cli.make_parser(__doc__, several_seeds=True)
+    arguments = parser.parse_args()
+    device = choose_device(arguments.device)
+    data = open_data(arguments.data)
+    dataset, dev = (data.load(split, arguments.quick) for split in ("train", "dev"))
+    rows = []
+    for recipe in tqdm((TUNED, BEST, ROBUST), desc="recipes", disable=None):
+        recipe = with_epochs(recipe, None, arguments.quick)
+        runs = np.array([run(recipe, dataset, dev, seed, device) for seed in arguments.seed])
+        filtering, training, g_means = runs.T
+        later = training[1:] if len(training) > 1 else training
+        steps = recipe.epochs * -(-len(dataset) // recipe.batch_size)
+        spread = f" ± {g_means.std(ddof=1):.3f}" if len(g_means) > 1 else ""
+        rows.append(
+            [
+                recipe.name,
+                f"{filtering.mean():.1f} s",
+                f"{training[0]:.1f} s",
+                f"{later.mean():.1f} s",
+                f"{1000 * later.mean() / steps:.1f} ms",
+                f"{g_means.mean():.3f}{spread}",
+            ]
+        )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    cli.say(f"{name}, torch {torch.__version__}, {dataset.name}, {len(arguments.seed)} seeds")
+    columns = ["", "label filter", "first training", "later ones", "a step", "G-mean, mean ± sd"]
+    cli.print_table(columns, rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)
