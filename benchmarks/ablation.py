@@ -33,18 +33,18 @@ WITHOUT = {
     "tuned": {
         "Muon (Adam instead)": {"optimizer": "adam", "learning_rate": 3e-3, "weight_decay": 0.0},
         "random flips and crops": {"augment_from": None},
-        "color jitter": {"color_jitter": 0.0},
         "warmup and cosine decay": {"schedule": "constant"},
         "square-root sampling": {"sampler": "shuffle"},
         "logit adjustment": {"logit_adjustment": 0.0},
-        "weight decay": {"weight_decay": 0.0},
         "flipped views at test time": {"tta_flip": False},
         "shifted views at test time": {"tta_shift": 0},
     },
     "best": {
         "label filter": {"label_filter": None},
         "cutout": {"cutout": 0},
-        "stronger color jitter": {"color_jitter": TUNED.color_jitter},
+        "color jitter": {"color_jitter": 0.0},
+        "mixup": {"mixup": 0.0},
+        "weight decay": {"weight_decay": 0.0},
         "SmallVGG (CourseNet instead)": {"network": "CourseNet"},
     },
     "robust": {
