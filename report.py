@@ -17,6 +17,7 @@ import csv
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -42,6 +43,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
+LONGEST_STEP = 1e7  # seconds
 SECONDS_FOR_CTRL_C = 2.0  # that a script may take to end by itself
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
@@ -185,10 +187,11 @@ class Report:
             state = json.loads((folder / "step.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return {}
-        if not isinstance(state, dict) or not isinstance(state.get("seconds"), float | None):
-            return {}
-        finished = state.get("seconds") is not None
-        return {} if finished and not (folder / step.result).is_file() else state
+        seconds = state.get("seconds") if isinstance(state, dict) else math.nan
+        if seconds is None:
+            return state
+        known = isinstance(seconds, float) and 0 <= seconds < LONGEST_STEP  # JSON may hold a NaN
+        return state if known and (folder / step.result).is_file() else {}
 
     def time_left(self, number: int) -> str:
         """Say how long the rest will take if this machine stays as fast as it has been."""
@@ -382,16 +385,27 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        message = f"{path}: can't be read; delete {path.parent} to run this step again"
-        raise UserError(message) from error
+        raise unreadable(path) from error
 
 
 def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels [N] and the predicted classes [N] of a predictions file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [(row["label"], row["predicted"]) for row in csv.DictReader(file)]
-    labels, predicted = zip(*rows, strict=True)
-    return tuple(np.array([CLASS_NAMES.index(name) for name in c]) for c in (labels, predicted))
+    """Return the labels [N] and the predicted classes [N] of a predictions file.
+
+    Raises:
+        UserError: it can't be read, which is so once a spreadsheet has saved it with semicolons.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [(row["label"], row["predicted"]) for row in csv.DictReader(file)]
+        labels, predicted = zip(*rows, strict=True)
+        return tuple(np.array([CLASS_NAMES.index(name) for name in c]) for c in (labels, predicted))
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise unreadable(path) from error
+
+
+def unreadable(path: Path) -> UserError:
+    """Return the error that says how to get a step's file anew."""
+    return UserError(f"{path}: can't be read; delete {path.parent} to run this step again")
 
 
 # ---- the page -------------------------------------------------------------------------------

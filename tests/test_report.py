@@ -381,6 +381,16 @@ def test_step_whose_state_is_broken_runs_again(make_report, scripts, tmp_path):
         assert steps_that_ran(scripts) == ["data", "attacks"], content
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e300, True, "1", [1.0]])
+def test_step_that_took_no_possible_time_runs_again(make_report, scripts, tmp_path, seconds):
+    make_report()
+    path = tmp_path / "out/steps/data/step.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": seconds}))
+    status, _, error = make_report()
+    assert (status, error) == (0, "")
+    assert steps_that_ran(scripts) == ["data"]
+
+
 def test_step_whose_result_is_gone_runs_again(make_report, scripts, tmp_path):
     make_report()
     (tmp_path / "out/steps/mismatch/mismatch.json").unlink()
@@ -388,13 +398,24 @@ def test_step_whose_result_is_gone_runs_again(make_report, scripts, tmp_path):
     assert steps_that_ran(scripts) == ["mismatch"]
 
 
-def test_broken_result_ends_with_one_line(make_report, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("mismatch/mismatch.json", "{"),
+        ("recipes/predictions-final.csv", ""),
+        ("recipes/predictions-final.csv", "index;label;predicted\n0;cat;car\n"),
+        ("recipes/predictions-final.csv", "index,label,predicted\n0,dog,car\n"),
+        ("recipes/predictions-final.csv", "index,label,predicted\n0,\udcff\n"),
+    ],
+)
+def test_broken_result_ends_with_one_line(file, content, make_report, tmp_path):
     make_report()
-    (tmp_path / "out/steps/mismatch/mismatch.json").write_text("{")
+    path = tmp_path / "out/steps" / file
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
     status, _, error = make_report()
     assert status == 2
     assert error.count("\n") == 1
-    assert "mismatch.json: can't be read; delete" in error
+    assert f"{path.name}: can't be read; delete" in error
 
 
 # ---- running at the same time, and failing -----------------------------------------------------
