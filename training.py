@@ -67,6 +67,7 @@ BASELINES = {
     "tuned": "final",
     "best": "tuned",
 }
+LARGEST_SETTINGS = 2**24  # bytes; some hundred for each trial
 # What a file of settings may change, and between which bounds.
 SETTINGS = {
     "learning_rate": (1e-6, 1.0),
@@ -408,10 +409,8 @@ def read_settings(path: Path) -> Recipe:
         UserError: no such file, or not the results of a search.
     """
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["best"]["settings"]
+        settings = json.loads(cli.read_bytes(path, LARGEST_SETTINGS))["best"]["settings"]
         items = list(settings.items())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: has no settings found by tuning.py") from error
     for name, value in items:
