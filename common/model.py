@@ -335,13 +335,15 @@ def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
             if len(set(names)) < len(names):
                 raise ValueError("two files of one name, of which torch may read the other one")
             for pickle in (each for each in names if each.endswith("data.pkl")):
-                _check_pickle(io.BytesIO(zipfile.ZipFile(io.BytesIO(raw)).read(pickle)))
+                _check_pickle(io.BytesIO(zipfile.ZipFile(io.BytesIO(raw)).read(pickle)), name)
         else:
             stream = io.BytesIO(raw)
             for _ in range(5):  # of torch.save's old form: three of header, content, storages
-                _check_pickle(stream)
+                _check_pickle(stream, name)
         with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
             content = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
+    except UserError:
+        raise
     except Exception as error:  # a broken or hostile file can fail in any way
         raise UserError(f"{name}: not a file of torch.save, cut short, or not safe") from error
     if not isinstance(content, dict):
@@ -365,7 +367,7 @@ MAKERS = (
 )
 
 
-def _check_pickle(stream: io.BytesIO) -> None:
+def _check_pickle(stream: io.BytesIO, file: str) -> None:
     """Refuse a pickle that has torch.load make more than tensors, lists and dicts.
 
     It would run no code, but 900 bytes can ask it for the `torch.Size` of a `bytearray` of 2**31
@@ -394,10 +396,14 @@ def _check_pickle(stream: io.BytesIO) -> None:
             after = [memo[value]]
         elif name == "REDUCE" and popped[0] in CONVERTERS and popped[1] in CONVERTED:
             converted += 1
-        elif name == "REDUCE" and popped[0] not in MAKERS and popped != EMPTY_ORDERED_DICT:
-            raise ValueError("a call that no checkpoint needs")
-        elif name == "NEWOBJ" or (name == "BUILD" and popped[1] is not pydict):
-            raise ValueError("an object that no checkpoint needs")
+        elif name == "REDUCE" and (popped[0] in MAKERS or popped == EMPTY_ORDERED_DICT):
+            pass
+        elif name in ("REDUCE", "NEWOBJ") and isinstance(popped[0], str):
+            numpy = popped[0].startswith(("numpy", "_codecs"))
+            what = "NumPy values or bytes" if numpy else cli.show(popped[0])
+            raise UserError(f"{file}: holds {what} beside weights; save the state_dict() alone")
+        elif name in ("REDUCE", "NEWOBJ") or (name == "BUILD" and popped[1] is not pydict):
+            raise ValueError("what no checkpoint needs")
         if number > MOST_OPCODES or converted > MOST_CONVERTED:
             raise ValueError("more than a checkpoint needs")
         stack += after

@@ -25,6 +25,7 @@ from common.model import (
 )
 from common.recipes import BEST
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -438,16 +439,33 @@ def test_what_is_not_a_safe_whole_file_of_torch_save_is_refused(tmp_path):
         whole[: len(whole) // 2],
         whole[:-30],
         bomb,
-        pickle.dumps({"model_state_dict": Intruder(folder)}),
         pickle.dumps({"model_state_dict": {"fc3.bias": [0.0]}}, protocol=4)[:20],
-        saved({"model_state_dict": Intruder(folder)}),
-        saved({"model_state_dict": Intruder(folder)}, _use_new_zipfile_serialization=False),
-        saved(new_model()),  # a whole module: a pickle that names classes
         b"\x80\x02" + b"]" + b"r" + struct.pack("<I", 2**27) + b".",
     ]
     for content in files:
         assert refusal_of(content, path) == "not a file of torch.save, cut short, or not safe"
+    intruders = [
+        pickle.dumps({"model_state_dict": Intruder(folder)}, protocol=2),
+        saved({"model_state_dict": Intruder(folder)}),
+        saved({"model_state_dict": Intruder(folder)}, _use_new_zipfile_serialization=False),
+    ]
+    for content in intruders:
+        assert "mkdir' beside weights; save the state_dict() alone" in refusal_of(content, path)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_is_beside_the_weights_is_named(tmp_path, zipped):
+    for content, named in (
+        (
+            {"net": prefixed(""), "g_mean": np.float64(0.5)},
+            "holds NumPy values or bytes beside weights",
+        ),
+        ({"net": prefixed(""), "best": np.zeros(3)}, "holds NumPy values or bytes beside weights"),
+    ):
+        raw = saved(content, _use_new_zipfile_serialization=zipped)
+        assert named in refusal_of(raw, tmp_path / "x")
+    assert "holds 'common.model CourseNet'" in refusal_of(new_model(), tmp_path / "x")
 
 
 def with_pickle(opcodes):
@@ -487,7 +505,8 @@ def test_no_pickle_reaches_torch_that_asks_for_more_than_it_holds(
 ):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
     content = with_pickle(GREEDY[name]) if zipped else b"\x80\x02" + GREEDY[name] + b"."
-    assert refusal_of(content, tmp_path / "x") == "not a file of torch.save, cut short, or not safe"
+    refusal = refusal_of(content, tmp_path / "x")
+    assert refusal.startswith(("not a file of torch.save, cut short, or not safe", "holds '"))
 
 
 def test_pickle_is_the_one_that_torch_reads(tmp_path):
