@@ -1,6 +1,5 @@
 """The report as a whole: its steps, its page, and the zip file to hand in."""
 
-import contextlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from common.recipes import RECIPES, REPORT_RECIPES
 
 import pytest
 import torch
-from conftest import make_dataset, write_course_pickle
+from conftest import make_dataset, running_in, write_course_pickle
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -567,16 +566,6 @@ def test_packed_model_gives_the_numbers_of_the_page(whole, tmp_path):
     theirs, ours = (json.loads(file.read_text()) for file in files)
     for score in ("accuracy", "balanced_accuracy", "g_mean", "recall", "confusion"):
         assert theirs[score] == ours[score]
-
-
-def running_in(group):
-    """Return the processes of a group that have not ended, by Linux' table of processes."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, of_group = path.read_text().rsplit(")", 1)[1].split()[:3]
-            found += [path.parent.name] if int(of_group) == group and state != "Z" else []
-    return found
 
 
 def start_report(folder, until):
