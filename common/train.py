@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 from common import metrics
 from common.attacks import trades_perturbation
+from common.cli import UserError
 from common.data import CLASS_NAMES, Dataset, duplicate_groups, to_float
 from common.model import Classifier, autocast, build_model, predict_logits
 from common.recipes import Recipe
@@ -374,15 +376,22 @@ def cross_val_logits(
 
     Args:
         keep: images that may be trained on, bool [N]; None for all.
+
+    Raises:
+        UserError: there are too few images.
     """
     from sklearn.model_selection import StratifiedGroupKFold  # takes seconds to import
 
+    if max(dataset.class_counts) < FOLDS:
+        raise UserError(f"{dataset.name}: no class has {FOLDS} images, one for each fold")
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     groups = duplicate_groups(dataset.images)
     keep = torch.ones(len(dataset), dtype=torch.bool) if keep is None else keep
+    with warnings.catch_warnings(action="ignore"):  # about a class that some folds lack
+        splits = list(splitter.split(dataset.images, dataset.labels, groups))
     folds = [
         (torch.from_numpy(inside)[keep[inside]], torch.from_numpy(outside))
-        for inside, outside in splitter.split(dataset.images, dataset.labels, groups)
+        for inside, outside in splits
     ]
     jobs = [
         (recipe, dataset.subset(inside), dataset.images[outside], seed, device)

@@ -456,15 +456,9 @@ def test_what_is_not_a_safe_whole_file_of_torch_save_is_refused(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_is_beside_the_weights_is_named(tmp_path, zipped):
-    for content in (
-        (
-            {"net": prefixed(""), "g_mean": np.float64(0.5)},
-            "holds NumPy values or bytes beside weights",
-        ),
-        ({"net": prefixed(""), "best": np.zeros(3)}, "holds NumPy values or bytes beside weights"),
-    ):
-        raw = saved(content, _use_new_zipfile_serialization=zipped)
-        assert named in refusal_of(raw, tmp_path / "x")
+    for extra in (np.float64(0.5), np.zeros(3), b"x"):
+        raw = saved({"net": prefixed(""), "extra": extra}, _use_new_zipfile_serialization=zipped)
+        assert "holds NumPy values or bytes beside weights" in refusal_of(raw, tmp_path / "x")
     assert "holds 'common.model CourseNet'" in refusal_of(new_model(), tmp_path / "x")
 
 

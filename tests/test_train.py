@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import attacks, metrics
-from common.cli import PROJECT
+from common.cli import PROJECT, UserError
 from common.data import CLASS_NAMES, to_float
 from common.model import build_model, predict_logits
 from common.recipes import NAIVE, TUNED
@@ -560,6 +560,18 @@ def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_lik
         for group in alike:
             assert not (trained_on & group and predicted & group)
     assert sum(len(predicted) for _, predicted, _ in jobs_seen) == 59
+
+
+@pytest.mark.parametrize("counts", [(5, 1, 1), (4, 2, 1)])
+def test_a_class_of_one_image_is_predicted_without_a_librarys_words(counts, recwarn):
+    logits = cross_val_logits(QUICK, make_dataset(counts=counts), 0, CPU)
+    assert logits.isfinite().all()
+    assert not recwarn.list
+
+
+def test_too_few_images_for_the_folds_are_said_in_our_words():
+    with pytest.raises(UserError, match="^tiny: no class has 4 images, one for each fold"):
+        cross_val_logits(QUICK, make_dataset(counts=(3, 2, 1)), 0, CPU)
 
 
 def test_filter_ignores_wrong_labels_and_empties_no_class(monkeypatch):
