@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import warnings
@@ -446,7 +447,7 @@ def parallel_map(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        futures = [pool.submit(_call, function, threads, job) for job in jobs]
+        futures = [pool.submit(_call_in_worker, _ByValue((function, threads, job))) for job in jobs]
         for future in tqdm(futures, disable=None, **bar):
             yield future.result()
     except BaseException:  # Ctrl-C included: nothing is worth waiting for
@@ -471,9 +472,28 @@ def _call(function: Callable[..., Any], threads: int, job: tuple[Any, ...]) -> A
         torch.set_num_threads(before)
 
 
+class _ByValue:
+    """What is sent to another process as plain bytes.
+
+    Tensors would be sent as shared memory, through a socket in a folder that stays behind where a
+    process is killed.
+    """
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return pickle.loads, (pickle.dumps(self.content),)
+
+
+def _call_in_worker(call: tuple[Callable[..., Any], int, tuple[Any, ...]]) -> _ByValue:
+    return _ByValue(_call(*call))
+
+
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed worker leaves behind
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:

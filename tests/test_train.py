@@ -637,13 +637,15 @@ from pathlib import Path
 from common import cli
 from common.train import parallel_map
 import torch
+from tqdm import tqdm
 
-def sleep(number):
+def sleep(numbers):
+    tqdm([], disable=True)
     Path(f"worker-{os.getpid()}").touch()
     time.sleep(600)
 
 def main():
-    jobs = [(0,), (1,), (2,)]
+    jobs = [(torch.zeros(9),) for _ in range(3)]
     list(parallel_map(sleep, jobs, torch.device("cpu"), "naps"))
 
 if __name__ == "__main__":
@@ -665,10 +667,11 @@ if __name__ == "__main__":
 )
 def test_workers_end_with_their_parent(tmp_path, sent, status, printed):
     (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
         [sys.executable, "sleepers.py"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path / "tmp")},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -693,3 +696,4 @@ def test_workers_end_with_their_parent(tmp_path, sent, status, printed):
     while any(is_alive(worker.name.split("-")[1]) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert list((tmp_path / "tmp").iterdir()) == []
