@@ -4,7 +4,7 @@ PYTHON = python3
 BIN = .venv/bin
 DATA = auto
 
-.PHONY: report test test-all coverage lint format clean
+.PHONY: report test test-all test-oldest fuzz coverage lint format clean
 
 report: .venv/installed
 	$(BIN)/python report.py --data "$(DATA)"
@@ -14,6 +14,13 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-dev
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# All tests, with the oldest versions that requirements*.txt allow.
+test-oldest: .venv-oldest/installed-dev
+	.venv-oldest/bin/python -m pytest -m "slow or not slow"
+
+fuzz: .venv/installed-dev
+	FUZZ_CASES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 coverage: .venv/installed-dev
 	$(BIN)/python -m coverage run -m pytest
@@ -29,7 +36,7 @@ format: .venv/installed-dev
 
 # What can be made again; trained models and reviewed labels in results/ and report/ stay.
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,4 +45,9 @@ clean:
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+.venv-oldest/installed-dev: requirements.txt requirements-dev.txt constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -r requirements-dev.txt -c constraints-oldest.txt
 	touch $@

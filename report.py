@@ -38,6 +38,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+LONGEST_STEP = 1e7  # seconds
 SECONDS_FOR_CTRL_C = 2.0  # that a script may take to end by itself
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
@@ -173,7 +174,9 @@ class Report:
             state = cli.read_json(Path(self.paths[step.name]) / "step.json")
         except UserError:
             return {}
-        return state if isinstance(state, dict) else {}
+        seconds = state.get("seconds") if isinstance(state, dict) else "no dict"
+        possible = isinstance(seconds, float) and 0 <= seconds < LONGEST_STEP  # JSON may hold a NaN
+        return state if possible or seconds is None else {}
 
     def result_of(self, step: Step) -> Path:
         """Return the path of the JSON file that a step leaves."""
@@ -361,13 +364,21 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels [N] and the predicted classes [N] of a predictions file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    labels, predicted = (
-        np.array([CLASS_NAMES.index(row[column]) for row in rows])
-        for column in ("label", "predicted")
-    )
+    """Return the labels [N] and the predicted classes [N] of a predictions file.
+
+    Raises:
+        UserError: it can't be read, which is so once a spreadsheet has saved it with semicolons.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        labels, predicted = (
+            np.array([CLASS_NAMES.index(row[column]) for row in rows])
+            for column in ("label", "predicted")
+        )
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        message = f"{path}: can't be read; delete {path.parent} to run this step again"
+        raise UserError(message) from error
     return labels, predicted
 
 

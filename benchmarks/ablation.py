@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import cli, metrics
 from common.cli import UserError
 from common.data import Dataset, duplicate_groups, open_data, read_corrections
-from common.recipes import RECIPES, TUNED, Recipe, with_epochs
+from common.recipes import RECIPES, Recipe, with_epochs
 from common.train import filter_labels, parallel_map, train_and_predict
 
 import numpy as np

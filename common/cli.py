@@ -223,11 +223,16 @@ def read_bytes(path: Path, limit: int) -> bytes:
         UserError: it can't be read, or is larger.
     """
     try:
-        if path.stat().st_size > limit:
+        size = path.stat().st_size
+        if size > limit:
             raise UserError(f"{path}: is larger than {limit // 2**20} MB, the most that is read")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(size + 1)  # a device or a pipe says 0, and may never end
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'not readable'}") from error
+    if len(content) > size:
+        raise UserError(f"{path}: not a file on a disk, or still being written")
+    return content
 
 
 def read_json(path: Path) -> Any:

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from pickletools import genops, markobject, pydict, pylist, pytuple
 from typing import Any
 
 from common import cli
@@ -24,6 +25,8 @@ PREDICTION_BATCH = 500
 LARGEST_FILE = 2**28  # bytes, of a checkpoint; ours have a few million
 LARGEST_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
 LARGEST_PIXEL = 1000  # after normalization
+MOST_OPCODES = 200_000  # of the pickle in a checkpoint; ours have some thousand
+MOST_CONVERTED = 20  # lists and dicts that a pickle turns into sets and the like
 
 
 def choose_device(name: str) -> torch.device:
@@ -327,13 +330,82 @@ def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
             members = zipfile.ZipFile(io.BytesIO(raw)).infolist()
             if sum(member.file_size for member in members) > len(raw):
                 raise ValueError("compressed, which torch.save never does")
+            names = [member.filename for member in members]
+            if len(set(names)) < len(names):
+                raise ValueError("two files of one name, of which torch may read the other one")
+            for pickle in (each for each in names if each.endswith("data.pkl")):
+                _check_pickle(io.BytesIO(zipfile.ZipFile(io.BytesIO(raw)).read(pickle)), name)
+        else:
+            stream = io.BytesIO(raw)
+            for _ in range(5):  # of torch.save's old form: three of header, content, storages
+                _check_pickle(stream, name)
         with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
             content = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
+    except UserError:
+        raise
     except Exception as error:  # a broken or hostile file can fail in any way
         raise UserError(f"{name}: not a file of torch.save, cut short, or not safe") from error
     if not isinstance(content, dict):
         raise UserError(f"{name}: holds no dict of weights; save the model's state_dict()")
     return content
+
+
+# What the pickle of a checkpoint may call, by module and name.
+EMPTY_ORDERED_DICT = ["collections OrderedDict", ()]
+CONVERTERS = ("collections Counter", "__builtin__ set", "torch Size")
+CONVERTED = ((), (pytuple,), (pylist,), (pydict,))
+MAKERS = (
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_tensor_v3",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_parameter_with_state",
+    "torch._utils _rebuild_sparse_tensor",
+    "torch._utils _rebuild_meta_tensor_no_storage",
+    "torch.serialization _get_layout",
+    "torch device",
+)
+
+
+def _check_pickle(stream: io.BytesIO, file: str) -> None:
+    """Refuse a pickle that has torch.load make more than tensors, lists and dicts.
+
+    It would run no code, but 900 bytes can ask it for the `torch.Size` of a `bytearray` of 2**31
+    zeros, which takes 34 GB and minutes. So functions that go through their argument get only what
+    the file holds item by item. The stack is followed as `pickletools.dis` does.
+    """
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    converted = 0
+    for number, (opcode, value, _) in enumerate(genops(stream)):
+        name, before, after = opcode.name, opcode.stack_before, opcode.stack_after
+        if markobject in before:
+            while stack.pop() is not markobject:
+                pass
+            before = before[: before.index(markobject)]
+        popped = [stack.pop() for _ in before][::-1]
+        if name == "GLOBAL":
+            after = [value]
+        elif name in ("EMPTY_TUPLE", "TUPLE1"):
+            after = [tuple(pytuple if isinstance(each, tuple) else each for each in popped)]
+        elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
+            after = popped[:1]
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            after = [memo[value]]
+        elif name == "REDUCE" and popped[0] in CONVERTERS and popped[1] in CONVERTED:
+            converted += 1
+        elif name == "REDUCE" and (popped[0] in MAKERS or popped == EMPTY_ORDERED_DICT):
+            pass
+        elif name in ("REDUCE", "NEWOBJ") and isinstance(popped[0], str):
+            numpy = popped[0].startswith(("numpy", "_codecs"))
+            what = "NumPy values or bytes" if numpy else cli.show(popped[0])
+            raise UserError(f"{file}: holds {what} beside weights; save the state_dict() alone")
+        elif name in ("REDUCE", "NEWOBJ") or (name == "BUILD" and popped[1] is not pydict):
+            raise ValueError("what no checkpoint needs")
+        if number > MOST_OPCODES or converted > MOST_CONVERTED:
+            raise ValueError("more than a checkpoint needs")
+        stack += after
 
 
 def _weights_of(content: dict[str, Any], name: str) -> dict[str, Tensor]:

@@ -3,8 +3,10 @@
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -12,6 +14,7 @@ from typing import Any
 
 from common import metrics
 from common.attacks import trades_perturbation
+from common.cli import UserError
 from common.data import CLASS_NAMES, Dataset, duplicate_groups, to_float
 from common.model import Classifier, autocast, build_model, predict_logits
 from common.recipes import Recipe
@@ -382,15 +385,22 @@ def cross_val_logits(
 
     Args:
         keep: images that may be trained on, bool [N]; None for all.
+
+    Raises:
+        UserError: there are too few images.
     """
     from sklearn.model_selection import StratifiedGroupKFold  # takes seconds to import
 
+    if max(dataset.class_counts) < FOLDS:
+        raise UserError(f"{dataset.name}: no class has {FOLDS} images, one for each fold")
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     groups = duplicate_groups(dataset.images)
     keep = torch.ones(len(dataset), dtype=torch.bool) if keep is None else keep
+    with warnings.catch_warnings(action="ignore"):  # about a class that some folds lack
+        splits = list(splitter.split(dataset.images, dataset.labels, groups))
     folds = [
         (torch.from_numpy(inside)[keep[inside]], torch.from_numpy(outside))
-        for inside, outside in splitter.split(dataset.images, dataset.labels, groups)
+        for inside, outside in splits
     ]
     jobs = [
         (recipe, dataset.subset(inside), dataset.images[outside], seed, device)
@@ -445,7 +455,7 @@ def parallel_map(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        futures = [pool.submit(_call, function, threads, job) for job in jobs]
+        futures = [pool.submit(_call_in_worker, _ByValue((function, threads, job))) for job in jobs]
         for future in tqdm(futures, disable=None, **bar):
             yield future.result()
     except BaseException:  # Ctrl-C included: nothing is worth waiting for
@@ -470,9 +480,28 @@ def _call(function: Callable[..., Any], threads: int, job: tuple[Any, ...]) -> A
         torch.set_num_threads(before)
 
 
+class _ByValue:
+    """What is sent to another process as plain bytes.
+
+    Tensors would be sent as shared memory, through a socket in a folder that stays behind where a
+    process is killed.
+    """
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return pickle.loads, (pickle.dumps(self.content),)
+
+
+def _call_in_worker(call: tuple[Callable[..., Any], int, tuple[Any, ...]]) -> _ByValue:
+    return _ByValue(_call(*call))
+
+
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed worker leaves behind
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:

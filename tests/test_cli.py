@@ -315,6 +315,12 @@ def test_a_broken_json_file_is_named(content, tmp_path):
         cli.read_json(tmp_path / "a.json")
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="only Unix has /dev/zero")
+def test_what_has_no_end_is_not_read():
+    with pytest.raises(UserError, match="^/dev/zero: not a file on a disk, or still being written"):
+        cli.read_bytes(Path("/dev/zero"), 2**20)
+
+
 # ---- results ----------------------------------------------------------------------------------
 
 DATA = {"name": "course", "splits": {"dev": {"fingerprint": "0123456789ab"}}}

@@ -3,7 +3,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import asdict
 
 from common.cli import UserError
@@ -25,6 +25,7 @@ from common.model import (
 )
 from common.recipes import BEST
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -438,16 +439,81 @@ def test_what_is_not_a_safe_whole_file_of_torch_save_is_refused(tmp_path):
         whole[: len(whole) // 2],
         whole[:-30],
         bomb,
-        pickle.dumps({"model_state_dict": Intruder(folder)}),
         pickle.dumps({"model_state_dict": {"fc3.bias": [0.0]}}, protocol=4)[:20],
-        saved({"model_state_dict": Intruder(folder)}),
-        saved({"model_state_dict": Intruder(folder)}, _use_new_zipfile_serialization=False),
-        saved(new_model()),  # a whole module: a pickle that names classes
         b"\x80\x02" + b"]" + b"r" + struct.pack("<I", 2**27) + b".",
     ]
     for content in files:
         assert refusal_of(content, path) == "not a file of torch.save, cut short, or not safe"
+    intruders = [
+        pickle.dumps({"model_state_dict": Intruder(folder)}, protocol=2),
+        saved({"model_state_dict": Intruder(folder)}),
+        saved({"model_state_dict": Intruder(folder)}, _use_new_zipfile_serialization=False),
+    ]
+    for content in intruders:
+        assert "mkdir' beside weights; save the state_dict() alone" in refusal_of(content, path)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_is_beside_the_weights_is_named(tmp_path, zipped):
+    for extra in (np.float64(0.5), np.zeros(3), b"x"):
+        raw = saved({"net": prefixed(""), "extra": extra}, _use_new_zipfile_serialization=zipped)
+        assert "holds NumPy values or bytes beside weights" in refusal_of(raw, tmp_path / "x")
+    assert "holds 'common.model CourseNet'" in refusal_of(new_model(), tmp_path / "x")
+
+
+def with_pickle(opcodes):
+    """Return a file of torch.save with another pickle in it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(saved({}))) as source, zipfile.ZipFile(file, "w") as target:
+        for name in source.namelist():
+            whole = b"\x80\x02" + opcodes + b"."
+            target.writestr(name, whole if name.endswith("data.pkl") else source.read(name))
+    return file.getvalue()
+
+
+ZEROS = b"cbuiltins\nbytearray\nJ" + struct.pack("<i", 2**20) + b"\x85R"  # 2**31 would do, too
+GREEDY = {
+    "bytearray": ZEROS,
+    "Size of a bytearray": b"ctorch\nSize\n" + ZEROS + b"\x85R",
+    "set of a bytearray": b"c__builtin__\nset\n" + ZEROS + b"\x85R",
+    "Tensor": b"ctorch\nTensor\nK\3\x85R",
+    "FloatTensor": b"ctorch\nFloatTensor\nK\3\x85R",
+    "new object": b"ctorch\nTensor\nK\3\x85\x81",
+    "by reference": b"(cbuiltins\nbytearray\nq\0K\3\x85q\1h\0h\1Rt",
+    "encoded": b"c_codecs\nencode\nX\1\0\0\0xX\5\0\0\0utf-8\x86R",
+    "dict of a tensor": b"ccollections\nOrderedDict\nctorch\ndevice\n)R\x85R",
+    "Counter of a tensor": b"ccollections\nCounter\nctorch\ndevice\n)R\x85R",
+    "state that is a tensor": b"ccollections\nOrderedDict\n)Rctorch\ndevice\n)Rb",
+    "tensor as a list": b"ctorch\nSize\nctorch\ndevice\n)RNa\x85R",
+    "tensor as a dict": b"ctorch\nSize\nctorch\ndevice\n)R(NNu\x85R",
+    "many lists": b"(" + b"]" * 200_000 + b"t",
+    "many sets": b"(" + b"c__builtin__\nset\n]\x85R" * 21 + b"t",
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_pickle_reaches_torch_that_asks_for_more_than_it_holds(
+    name, zipped, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    content = with_pickle(GREEDY[name]) if zipped else b"\x80\x02" + GREEDY[name] + b"."
+    refusal = refusal_of(content, tmp_path / "x")
+    assert refusal.startswith(("not a file of torch.save, cut short, or not safe", "holds "))
+
+
+def test_pickle_is_the_one_that_torch_reads(tmp_path):
+    file = io.BytesIO(saved({}))
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+    assert "not safe" in refusal_of(file.getvalue(), tmp_path / "x")
+
+
+def test_containers_that_pytorchs_schedulers_leave_are_taken():
+    content = {"state_dict": prefixed(""), "milestones": Counter({3: 1}), "size": torch.Size([3])}
+    content |= {"classes": {1, 2}, "device": torch.device("cpu"), "names": {"a": (1, ["b"])}}
+    assert load_checkpoint(io.BytesIO(saved(content)))[1] == {}
 
 
 def test_files_that_can_not_be_read_are_named(tmp_path):

@@ -1,6 +1,5 @@
 """The report as a whole: its steps, its page, and the zip file to hand in."""
 
-import contextlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from common.recipes import RECIPES, REPORT_RECIPES
 
 import pytest
 import torch
-from conftest import make_dataset, write_course_pickle
+from conftest import make_dataset, running_in, write_course_pickle
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -381,6 +380,16 @@ def test_step_whose_state_is_broken_runs_again(make_report, scripts, tmp_path):
         assert steps_that_ran(scripts) == ["data", "attacks"], content
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e300, True, "1", [1.0]])
+def test_step_that_took_no_possible_time_runs_again(make_report, scripts, tmp_path, seconds):
+    make_report()
+    path = tmp_path / "out/steps/data/step.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": seconds}))
+    status, _, error = make_report()
+    assert (status, error) == (0, "")
+    assert steps_that_ran(scripts) == ["data"]
+
+
 def test_step_whose_result_is_gone_runs_again(make_report, scripts, tmp_path):
     make_report()
     (tmp_path / "out/steps/mismatch/mismatch.json").unlink()
@@ -388,13 +397,24 @@ def test_step_whose_result_is_gone_runs_again(make_report, scripts, tmp_path):
     assert steps_that_ran(scripts) == ["mismatch"]
 
 
-def test_broken_result_ends_with_one_line(make_report, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("mismatch/mismatch.json", "{"),
+        ("recipes/predictions-final.csv", ""),
+        ("recipes/predictions-final.csv", "index;label;predicted\n0;cat;car\n"),
+        ("recipes/predictions-final.csv", "index,label,predicted\n0,dog,car\n"),
+        ("recipes/predictions-final.csv", "index,label,predicted\n0,\udcff\n"),
+    ],
+)
+def test_broken_result_ends_with_one_line(file, content, make_report, tmp_path):
     make_report()
-    (tmp_path / "out/steps/mismatch/mismatch.json").write_text("{")
+    path = tmp_path / "out/steps" / file
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
     status, _, error = make_report()
     assert status == 2
     assert error.count("\n") == 1
-    assert "mismatch.json: not a JSON file" in error
+    assert f"{path.name}: " in error
 
 
 # ---- running at the same time, and failing -----------------------------------------------------
@@ -546,16 +566,6 @@ def test_packed_model_gives_the_numbers_of_the_page(whole, tmp_path):
     theirs, ours = (json.loads(file.read_text()) for file in files)
     for score in ("accuracy", "balanced_accuracy", "g_mean", "recall", "confusion"):
         assert theirs[score] == ours[score]
-
-
-def running_in(group):
-    """Return the processes of a group that have not ended, by Linux' table of processes."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, of_group = path.read_text().rsplit(")", 1)[1].split()[:3]
-            found += [path.parent.name] if int(of_group) == group and state != "Z" else []
-    return found
 
 
 def start_report(folder, until):

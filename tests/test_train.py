@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import attacks, metrics
-from common.cli import PROJECT
+from common.cli import PROJECT, UserError
 from common.data import CLASS_NAMES, to_float
 from common.model import build_model, predict_logits
 from common.recipes import NAIVE, TUNED
@@ -562,6 +562,18 @@ def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_lik
     assert sum(len(predicted) for _, predicted, _ in jobs_seen) == 59
 
 
+@pytest.mark.parametrize("counts", [(5, 1, 1), (4, 2, 1)])
+def test_a_class_of_one_image_is_predicted_without_a_librarys_words(counts, recwarn):
+    logits = cross_val_logits(QUICK, make_dataset(counts=counts), 0, CPU)
+    assert logits.isfinite().all()
+    assert not recwarn.list
+
+
+def test_too_few_images_for_the_folds_are_said_in_our_words():
+    with pytest.raises(UserError, match="^tiny: no class has 4 images, one for each fold"):
+        cross_val_logits(QUICK, make_dataset(counts=(3, 2, 1)), 0, CPU)
+
+
 def test_filter_ignores_wrong_labels_and_empties_no_class(monkeypatch):
     dataset = make_dataset(counts=(60, 30, 12))
     wrong = torch.cat([torch.nonzero(dataset.labels == label)[:3, 0] for label in range(3)])
@@ -625,13 +637,15 @@ from pathlib import Path
 from common import cli
 from common.train import parallel_map
 import torch
+from tqdm import tqdm
 
-def sleep(number):
+def sleep(numbers):
+    tqdm([], disable=True)
     Path(f"worker-{os.getpid()}").touch()
     time.sleep(600)
 
 def main():
-    jobs = [(0,), (1,), (2,)]
+    jobs = [(torch.zeros(9),) for _ in range(3)]
     list(parallel_map(sleep, jobs, torch.device("cpu"), "naps"))
 
 if __name__ == "__main__":
@@ -653,10 +667,11 @@ if __name__ == "__main__":
 )
 def test_workers_end_with_their_parent(tmp_path, sent, status, printed):
     (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
         [sys.executable, "sleepers.py"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path / "tmp")},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -681,3 +696,4 @@ def test_workers_end_with_their_parent(tmp_path, sent, status, printed):
     while any(is_alive(worker.name.split("-")[1]) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert list((tmp_path / "tmp").iterdir()) == []
