@@ -58,7 +58,6 @@ RUNS = 3  # seeds of noise that is the same for all images
 BUDGET = 1e11  # FLOPs of predicting all images once with which the attacks take a few minutes
 EXAMPLES = 6  # images in a row of a figure
 SALIENCY_EXAMPLES = 4
-MARKERS = "os^Dv*XP"
 ATTACKS = {
     "random_noise": "random noise",
     "fgsm": "FGSM",
@@ -66,12 +65,12 @@ ATTACKS = {
     "universal": "universal",
     "universal_to_next_label": "universal, to label + 1",
 }
-# The report does not say for which epsilon its FGSM numbers are; they leave out images that were
-# misclassified already. Its universal perturbation had no bound.
-REPORT_ROWS = (
-    ["report", "FGSM", "0.05, 0.1", "0.105", "0.128", "", "", ""],
-    ["report", "universal, to label + 1", "unbounded", "0.638", "0.475", "", "", ""],
-)
+# The report's scores by attack and epsilon. It does not say to which epsilon those of FGSM belong;
+# they leave out images that were misclassified already. Its universal perturbation had no bound.
+REPORT_ATTACKS = {
+    ("FGSM", "0.05, 0.1"): {"accuracy": "0.105", "balanced_accuracy": "0.128"},
+    ("universal, to label + 1", "unbounded"): {"accuracy": "0.638", "balanced_accuracy": "0.475"},
+}
 
 Cell = tuple[Tensor, str] | None  # of a figure: an image or a map, and its caption
 
@@ -260,8 +259,10 @@ def print_summaries(numbers: dict[str, Any]) -> None:
         rows.append([name, "none", "", *_cells(summary["clean"])])
         for attack, by_epsilon in summary["attacks"].items():
             rows += [[name, ATTACKS[attack], key, *_cells(by_epsilon[key])] for key in by_epsilon]
+    for attack, scores in REPORT_ATTACKS.items():
+        rows.append(["report", *attack, *(scores.get(name, "") for name in SCORE_TITLES), "", ""])
     columns = ["model", "attack", "epsilon", *SCORE_TITLES.values()]
-    cli.print_table([*columns, "success rate", "most predicted"], [*rows, *REPORT_ROWS])
+    cli.print_table([*columns, "success rate", "most predicted"], rows)
     cli.say(
         "\nIn brackets: 95% intervals. Success rate: over the images classified correctly without"
         "\nan attack; all else is over all images (the report's FGSM: over those images only)."
@@ -432,7 +433,9 @@ def draw_rows(title: str, rows: dict[str, list[Cell]], fooled: bool = True) -> F
 
 def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
     """Return a figure of all models, a row each, and scores, a column each, by epsilon."""
-    figure, axes = plots.new_figure(len(summaries), 3, width=12, height=3.4 * len(summaries) + 0.8)
+    figure, axes = plots.new_figure(
+        len(summaries), len(SCORE_TITLES), width=12, height=3.4 * len(summaries) + 0.8
+    )
     panels = [(name, score) for name in summaries for score in SCORE_TITLES]
     for ax, (name, score) in zip(axes, panels, strict=True):
         clean = summaries[name]["clean"]
@@ -445,7 +448,7 @@ def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
                 epsilons,
                 [point[score] for point in points],
                 color=plots.PALETTE[place % len(plots.PALETTE)],
-                marker=MARKERS[place % len(MARKERS)],
+                marker=plots.MARKERS[place % len(plots.MARKERS)],
                 ls=plots.LINE_STYLES[place % len(plots.LINE_STYLES)],
                 ms=4,
                 label=ATTACKS[attack],

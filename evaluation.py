@@ -495,11 +495,11 @@ def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
     tables = [model.table() for model in models]
     y = np.arange(len(models))
     for ax, keys, colors in zip(
-        axes, (SCORE_TITLES, recalls), (plots.PALETTE[3:6], plots.CLASS_COLORS), strict=True
+        axes, (SCORE_TITLES, recalls), (plots.PALETTE[3:], plots.CLASS_COLORS), strict=True
     ):
         for number, key in enumerate(keys):
             x, low, high = np.array([table[key] for table in tables]).T
-            settings = {"fmt": plots.CLASS_MARKERS[number], "color": colors[number]}
+            settings = {"fmt": plots.MARKERS[number], "color": colors[number]}
             settings |= {"label": TITLES[key], "markersize": 5, "capsize": 2}
             ax.errorbar(x, y + 0.2 * (number - 1), xerr=(x - low, high - x), **settings)
         ax.set(xlim=(-0.02, 1.02), ylim=(len(models) - 0.5, -0.5), xlabel="with 95% interval")

@@ -41,7 +41,7 @@ BLOCK = 250  # images per point of the curve of class fractions
 MOST_SHOWN = 32  # images in a figure
 MOST_LISTED = 10  # label conflicts in the terminal
 
-# The rows of the table, and what the report says of its training set.
+# What the report says of its training set.
 REPORT = {
     "images": "5626",
     "size": "32x32x3",
@@ -201,7 +201,8 @@ def draw_label_order(datasets: list[Dataset]) -> Figure:
 def draw_positions(ax: Axes, dataset: Dataset) -> Axes:
     """Draw a line per image in the row of its class, paler where there are many."""
     labels = dataset.labels.numpy()
-    for label, color in enumerate(plots.CLASS_COLORS):
+    for label in range(len(CLASS_NAMES)):
+        color = plots.CLASS_COLORS[label]
         places = np.flatnonzero(labels == label)
         alpha = min(1.0, max(0.1, 300 / len(places)))
         ax.eventplot(
@@ -220,7 +221,8 @@ def draw_fractions(ax: Axes, dataset: Dataset) -> Axes:
     counts = count_in_blocks(labels, max(1, round(len(labels) / BLOCK)))
     fractions = counts / counts.sum(axis=1, keepdims=True)
     edges = np.append(0, counts.sum(axis=1).cumsum())
-    for label, color in enumerate(plots.CLASS_COLORS):
+    for label in range(len(CLASS_NAMES)):
+        color = plots.CLASS_COLORS[label]
         ax.stairs(fractions[:, label], edges, baseline=None, color=color, lw=1.8)
         ax.axhline((labels == label).mean(), color=color, ls="--", lw=0.8)
     ax.set_yscale("log")
@@ -239,7 +241,7 @@ def draw_pixel_statistics(datasets: list[Dataset]) -> Figure:
         mean, std = pixel_statistics(dataset)
         for label, name in enumerate(CLASS_NAMES):
             own = dataset.labels == label
-            marker, color = plots.CLASS_MARKERS[label], plots.CLASS_COLORS[label]
+            marker, color = plots.MARKERS[label], plots.CLASS_COLORS[label]
             order = 2 + label / 10 if own.sum() < len(dataset) / 2 else 1
             style = {"marker": marker, "color": color, "alpha": 0.5, "lw": 0, "zorder": order}
             ax.scatter(mean[own], std[own], s=10, label=name, **style)
@@ -298,19 +300,20 @@ def save_figures(datasets: dict[str, Dataset], pairs: list[Pair], results: cli.R
 def print_splits(splits: dict[str, dict[str, Any]]) -> None:
     """Print a row per number and a column per split, beside the report's training set."""
 
-    def column(found: dict[str, Any]) -> list[str]:
-        fractions = found["class_fractions"]
-        return [
-            str(found["images"]),
-            "{1}x{2}x{0}".format(*found["shape"]),
-            *(f"{n} ({fractions[name]:.1%})" for name, n in found["class_counts"].items()),
-            format_p_value(found["independence_p_value"]),
-            str(len(found["outliers"])),
-            str(len(found["near_duplicates"])),
-        ]
+    def column(found: dict[str, Any]) -> dict[str, str]:
+        fractions, counts = found["class_fractions"], found["class_counts"]
+        return {
+            "images": str(found["images"]),
+            "size": "{1}x{2}x{0}".format(*found["shape"]),
+            **{name: f"{count} ({fractions[name]:.1%})" for name, count in counts.items()},
+            "class and position independent, p": format_p_value(found["independence_p_value"]),
+            "outliers": str(len(found["outliers"])),
+            "pairs of near-duplicates": str(len(found["near_duplicates"])),
+        }
 
-    columns = [REPORT.keys(), REPORT.values(), *map(column, splits.values())]
-    cli.print_table(["", "report, train", *splits], list(zip(*columns, strict=True)))
+    columns = [column(found) for found in splits.values()]
+    rows = [[key, REPORT.get(key, ""), *(each[key] for each in columns)] for key in columns[0]]
+    cli.print_table(["", "report, train", *splits], rows)
     cli.say()
 
 

@@ -297,8 +297,11 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
 
 def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
     """Return a figure of all recipes: scores with 95% intervals, each seed, and the report's."""
-    figure, axes = plots.new_figure(1, 3, width=12, height=0.45 * len(summaries) + 2)
-    always_car = {"accuracy": 0.88, "balanced_accuracy": 1 / 3, "g_mean": 0.0}
+    figure, axes = plots.new_figure(
+        1, len(SCORE_TITLES), width=12, height=0.45 * len(summaries) + 2
+    )
+    counts = np.sum(next(iter(summaries.values()))["runs"][0]["confusion"], axis=1)
+    always_car = metrics.scores(np.outer(counts, np.arange(len(counts)) == 0))
     for ax, (score, title) in zip(axes, SCORE_TITLES.items(), strict=True):
         for place, summary in enumerate(summaries.values()):
             low, high = summary["interval"][score]
@@ -315,7 +318,7 @@ def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
     ours, theirs = plots.PALETTE[0], plots.PALETTE[3]
     axes[0].plot([], [], "o-", color=ours, label="ours: each seed; 95% interval of the first")
     axes[0].plot([], [], "D", color=theirs, mfc="none", label="the report's")
-    axes[0].plot([], [], ":", color="0.5", label='a model that always predicts "car"')
+    axes[0].plot([], [], ":", color="0.5", label=f'a model that always predicts "{CLASS_NAMES[0]}"')
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 

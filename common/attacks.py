@@ -11,13 +11,14 @@ would be much weaker than they are.
 from collections.abc import Callable
 from typing import Any
 
-from common.data import CLASS_NAMES, Dataset, to_float
+from common.data import CLASS_NAMES, IMAGE_SIZE, Dataset, to_float
 from common.model import Classifier, predict_logits
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 BATCH_SIZE = 250
 # Of the universal perturbation; twice as many steps or images change little.
 UNIVERSAL_STEPS = 50
@@ -66,7 +67,7 @@ def random_noise(epsilon: float) -> Tensor:
 
     It is as large as an attack may be, so it shows what the size alone does.
     """
-    return epsilon * (2.0 * torch.randint(0, 2, (3, 32, 32)) - 1)
+    return epsilon * (2.0 * torch.randint(0, 2, IMAGE_SHAPE) - 1)
 
 
 def fgsm(model: Model, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
@@ -199,7 +200,7 @@ def universal_perturbation(
     """
     torch.manual_seed(seed)
     device = next(model.parameters()).device
-    noise = torch.empty(3, 32, 32, device=device).uniform_(-epsilon, epsilon)
+    noise = torch.empty(IMAGE_SHAPE, device=device).uniform_(-epsilon, epsilon)
     for step in range(steps):
         index = _draw_per_class(dataset.labels, IMAGES_PER_CLASS)
         images = to_float(dataset.images[index]).to(device)

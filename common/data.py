@@ -146,7 +146,8 @@ class DataFolder:
         labels = content.get(split) if isinstance(content, dict) else None
         whole = isinstance(labels, list) and len(labels) == count
         if not whole or not all(type(y) is int and 0 <= y < len(CLASS_NAMES) for y in labels):
-            raise UserError(f"{path}: {split} must be a list of {count} labels from 0 to 2")
+            last = len(CLASS_NAMES) - 1
+            raise UserError(f"{path}: {split} must be a list of {count} labels from 0 to {last}")
         return torch.tensor(labels)
 
 
@@ -286,7 +287,8 @@ def read_image(path: Path, resize: bool = False) -> Tensor:
             if resize and width * height > MOST_PIXELS:
                 raise UserError(f"{path}: is {width}x{height} pixels, too many")
             if not resize and file.size != (IMAGE_SIZE, IMAGE_SIZE):
-                raise UserError(f"{path}: is {width}x{height} pixels, it must be 32x32")
+                needed = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
+                raise UserError(f"{path}: is {width}x{height} pixels, it must be {needed}")
             image = _to_rgb(ImageOps.exif_transpose(file))
             if resize:
                 image = ImageOps.fit(image, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)

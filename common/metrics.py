@@ -50,17 +50,24 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     correct = np.diagonal(confusion, axis1=-2, axis2=-1)
     counts = confusion.sum(axis=-1)
     recall = np.where(counts > 0, correct / np.maximum(counts, 1), np.nan)
-    return {
-        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),
-        "balanced_accuracy": recall.mean(axis=-1),
-        "g_mean": _geometric_mean(recall),
+    return scores_from_recalls(recall, counts / counts.sum(axis=-1, keepdims=True)) | {
+        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),  # also where a recall is NaN
         "recall": recall,
         "precision": correct / np.maximum(confusion.sum(axis=-2), 1),
     }
 
 
-def _geometric_mean(recalls: np.ndarray) -> np.ndarray:
-    return recalls.prod(axis=-1) ** (1 / recalls.shape[-1])
+def scores_from_recalls(recalls: np.ndarray, fractions: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each score in SCORE_TITLES, [...], from recalls [..., C].
+
+    Args:
+        fractions: of the images that are in each class, [..., C] or [C].
+    """
+    return {
+        "accuracy": (recalls * fractions).sum(axis=-1),
+        "balanced_accuracy": recalls.mean(axis=-1),
+        "g_mean": recalls.prod(axis=-1) ** (1 / recalls.shape[-1]),
+    }
 
 
 def evaluate(labels: ArrayLike, predicted: ArrayLike, seed: int = 0) -> dict[str, Any]:
@@ -147,20 +154,17 @@ def intervals(confusion: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     correct, counts = np.diagonal(confusion), confusion.sum(axis=1)
     generator = np.random.default_rng(seed)
     recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
-    now = scores(confusion)
-    means = _interval_around(recalls.mean(axis=1), now["balanced_accuracy"])
-    g_means = _interval_around(_geometric_mean(recalls), now["g_mean"])
+    values, draws = scores(confusion), scores_from_recalls(recalls, counts / counts.sum())
+    found = {score: _interval_around(draws[score], values[score]) for score in draws}
     if (correct == 0).any():
-        g_means[0] = 0.0
+        found["g_mean"][0] = 0.0
     if (correct == 0).all():
-        means[0] = 0.0
+        found["balanced_accuracy"][0] = 0.0
     if (correct == counts).all():
-        means[1] = g_means[1] = 1.0
+        found["balanced_accuracy"][1] = found["g_mean"][1] = 1.0
     columns = zip(correct, confusion.sum(axis=0), strict=True)
-    return {
+    return found | {
         "accuracy": np.array(wilson_interval(correct.sum(), counts.sum())),
-        "balanced_accuracy": means,
-        "g_mean": g_means,
         "recall": np.array([jeffreys_interval(*row) for row in zip(correct, counts, strict=True)]),
         "precision": np.array([jeffreys_interval(*column) for column in columns]),
     }
@@ -232,10 +236,7 @@ def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.nda
 
 def _per_run_difference(recalls: np.ndarray, fractions: np.ndarray, score: str) -> np.ndarray:
     """Return predicted - baseline [..., S] from recalls [..., 2 S, C], the baseline's first."""
-    if score == "g_mean":
-        values = _geometric_mean(recalls)
-    else:
-        values = recalls @ fractions if score == "accuracy" else recalls.mean(axis=-1)
+    values = scores_from_recalls(recalls, fractions)[score]
     baseline, predicted = np.split(values, 2, axis=-1)
     return predicted - baseline
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 # Okabe and Ito's palette: color-blind readers can tell its colors apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-CLASS_COLORS = PALETTE[:3]
-CLASS_MARKERS = ("o", "s", "^")
+CLASS_COLORS = PALETTE  # by label
+MARKERS = "os^Dv*XP"
 LINE_STYLES = ("-", "--", "-.", ":")
 LETTERS_PER_COLUMN = 13  # of an image grid's title
 

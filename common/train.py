@@ -171,7 +171,9 @@ def draw_indices(recipe: Recipe, labels: Tensor) -> Tensor:
     if recipe.sampler == "balanced":
         return draw_balanced(labels, recipe.epochs * len(labels)).view(recipe.epochs, -1)
     if recipe.sampler == "weighted":
-        weights = (sampled_prior(recipe, labels) / torch.bincount(labels, minlength=3))[labels]
+        weights = (
+            sampled_prior(recipe, labels) / torch.bincount(labels, minlength=len(CLASS_NAMES))
+        )[labels]
         drawn = torch.multinomial(weights, recipe.epochs * len(labels), replacement=True)
         return drawn.view(recipe.epochs, -1)
     return torch.stack([torch.randperm(len(labels)) for _ in range(recipe.epochs)])
