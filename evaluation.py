@@ -60,10 +60,10 @@ MODELS_SHOWN = 60  # in the figure of a ranking
 IMAGES_SHOWN = 12  # in the figure of --image
 
 # How much is read of what other people hand in.
-LARGEST_CHECKPOINT = 2**26  # bytes; the largest in models/ has 2.4 MB
-LARGEST_ZIP = 2**28  # bytes
-MOST_PER_ZIP = 10  # checkpoints
-LONGEST_NAME = 60
+MAX_CHECKPOINT_SIZE = 2**26  # bytes; the largest in models/ has 2.4 MB
+MAX_ZIP_SIZE = 2**28  # bytes
+MAX_PER_ZIP = 10  # checkpoints
+MAX_NAME_LENGTH = 60
 
 
 # ---- checkpoints: in files, folders and zip files -----------------------------------------------
@@ -97,13 +97,13 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
 
 def _one_line(name: str) -> str:
     name = " ".join(cli.clean(name).split())
-    return name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}"
+    return name if len(name) <= MAX_NAME_LENGTH else f"...{name[3 - MAX_NAME_LENGTH :]}"
 
 
 def _checkpoints_in_zip(path: Path) -> list[str]:
     """Return the one that report.py packed to hand in, else all there are; [""] for none."""
     try:
-        if path.stat().st_size > LARGEST_ZIP:
+        if path.stat().st_size > MAX_ZIP_SIZE:
             return [""]
         with zipfile.ZipFile(path) as archive:
             names = dict.fromkeys(archive.namelist())
@@ -111,7 +111,7 @@ def _checkpoints_in_zip(path: Path) -> list[str]:
         return [""]
     found = [name for name in names if re.search(r"(^|/)[^/.][^/]*\.ckpt$", name)]
     found = [n for n in found if f"/{n}".endswith("/report/model.ckpt")] or found
-    return found if 1 <= len(found) <= MOST_PER_ZIP else [""]
+    return found if 1 <= len(found) <= MAX_PER_ZIP else [""]
 
 
 def read_source(source: Source) -> bytes:
@@ -125,17 +125,17 @@ def read_source(source: Source) -> bytes:
         kind = "a folder without *.ckpt and *.zip files" if path.is_dir() else "no such file"
         raise UserError(f"{name}: {kind}")
     if path.suffix.lower() == ".zip" and not source.member:
-        raise UserError(f"{name}: not a zip file with 1 to {MOST_PER_ZIP} *.ckpt files in it")
+        raise UserError(f"{name}: not a zip file with 1 to {MAX_PER_ZIP} *.ckpt files in it")
     try:
         if source.member:
             content = _read_member(path, source.member)
         else:
             with path.open("rb") as file:
-                content = file.read(LARGEST_CHECKPOINT + 1)
+                content = file.read(MAX_CHECKPOINT_SIZE + 1)
     except Exception as error:  # not permitted, cut short, encrypted, made to harm, ...
         raise UserError(f"{name}: not readable") from error
-    if len(content) > LARGEST_CHECKPOINT:
-        raise UserError(f"{name}: more than {LARGEST_CHECKPOINT // 2**20} MB, too large")
+    if len(content) > MAX_CHECKPOINT_SIZE:
+        raise UserError(f"{name}: more than {MAX_CHECKPOINT_SIZE // 2**20} MB, too large")
     return content
 
 
@@ -144,7 +144,7 @@ def _read_member(path: Path, member: str) -> bytes:
         if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("a compression whose output can't be bounded while reading")
         with archive.open(member) as file:
-            return file.read(LARGEST_CHECKPOINT + 1)
+            return file.read(MAX_CHECKPOINT_SIZE + 1)
 
 
 # ---- one model --------------------------------------------------------------------------------
@@ -234,11 +234,11 @@ def print_scores(found: Evaluated, report: dict[str, float]) -> None:
     rows = []
     for key, (value, *ends) in found.table().items():
         theirs = [f"{report[key]:.2f}" if key in report else ""] if report else []
-        rows.append([TITLES[key], *theirs, f"{value:.3f}", _span(ends)])
+        rows.append([TITLES[key], *theirs, f"{value:.3f}", _format_interval(ends)])
     cli.print_table(["", *(["report"] if report else []), "ours", "95% interval"], rows)
 
 
-def _span(ends: Sequence[float], sign: str = "") -> str:
+def _format_interval(ends: Sequence[float], sign: str = "") -> str:
     return f"[{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
 
 
@@ -431,8 +431,8 @@ def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_b
     for model in models:
         table, best = model.table(), model.to_best
         value, *ends = table[rank_by]
-        row = [model.name, f"{model.rank}", f"{value:.3f} {_span(ends)}"]
-        row += [f"{best['difference']:+.3f} {_span(best['interval'], '+')}"]
+        row = [model.name, f"{model.rank}", f"{value:.3f} {_format_interval(ends)}"]
+        row += [f"{best['difference']:+.3f} {_format_interval(best['interval'], '+')}"]
         rows.append(row + [f"{table[key][0]:.3f}" for key in others])
     rows[0][3] = ""
     headers = ["model", "rank", SCORE_TITLES[rank_by], "difference to the best"]

@@ -34,12 +34,12 @@ from scipy.stats import chi2_contingency
 from torch import Tensor
 
 # The report's limits for outliers, for pixels in [0, 1].
-LOWEST_MEAN, HIGHEST_MEAN, LOWEST_STD = 0.1, 0.9, 0.1
-MOST_BLOCKS = 20  # consecutive parts of the file, compared with each other
-SMALLEST_EXPECTED = 5  # images of a class per block: the chi-squared test's rule of thumb
+MIN_MEAN, MAX_MEAN, MIN_STD = 0.1, 0.9, 0.1
+MAX_BLOCKS = 20  # consecutive parts of the file, compared with each other
+MIN_EXPECTED = 5  # images of a class per block: the chi-squared test's rule of thumb
 BLOCK = 250  # images per point of the curve of class fractions
-MOST_SHOWN = 32  # images in a figure
-MOST_LISTED = 10  # label conflicts in the terminal
+MAX_SHOWN = 32  # images in a figure
+MAX_LISTED = 10  # label conflicts in the terminal
 
 # What the report says of its training set.
 REPORT = {
@@ -64,18 +64,18 @@ def pixel_statistics(dataset: Dataset) -> tuple[Tensor, Tensor]:
 def find_outliers(dataset: Dataset) -> Tensor:
     """Return the indices of images that are very dark, very bright, or nearly of one color."""
     mean, std = pixel_statistics(dataset)
-    outlying = (mean < LOWEST_MEAN) | (mean > HIGHEST_MEAN) | (std < LOWEST_STD)
+    outlying = (mean < MIN_MEAN) | (mean > MAX_MEAN) | (std < MIN_STD)
     return torch.nonzero(outlying).flatten()
 
 
 def independence_p_value(labels: np.ndarray) -> float | None:
     """Return the p-value of "class and position in the file are independent" (chi-squared).
 
-    The file is cut into as many blocks as leave SMALLEST_EXPECTED images of the rarest class in
-    each, MOST_BLOCKS at most. None if that class is too small for two blocks.
+    The file is cut into as many blocks as leave MIN_EXPECTED images of the rarest class in
+    each, MAX_BLOCKS at most. None if that class is too small for two blocks.
     """
     counts = np.bincount(labels, minlength=len(CLASS_NAMES))
-    blocks = min(MOST_BLOCKS, int(counts.min()) // SMALLEST_EXPECTED)
+    blocks = min(MAX_BLOCKS, int(counts.min()) // MIN_EXPECTED)
     if blocks < 2:
         return None
     return float(chi2_contingency(count_in_blocks(labels, blocks)).pvalue)
@@ -245,9 +245,9 @@ def draw_pixel_statistics(datasets: list[Dataset]) -> Figure:
             order = 2 + label / 10 if own.sum() < len(dataset) / 2 else 1
             style = {"marker": marker, "color": color, "alpha": 0.5, "lw": 0, "zorder": order}
             ax.scatter(mean[own], std[own], s=10, label=name, **style)
-        for limit in (LOWEST_MEAN, HIGHEST_MEAN):
+        for limit in (MIN_MEAN, MAX_MEAN):
             ax.axvline(limit, color="0.4", ls="--", lw=0.8)
-        ax.axhline(LOWEST_STD, color="0.4", ls="--", lw=0.8)
+        ax.axhline(MIN_STD, color="0.4", ls="--", lw=0.8)
         ax.set(xlim=(0, 1), ylim=(0, 0.5), xlabel="mean of the pixels", ylabel="standard deviation")
         ax.set_title(f"{dataset.split}: outliers lie beyond the dashed lines")
         ax.legend(loc="upper left")
@@ -260,7 +260,7 @@ def draw_outliers(dataset: Dataset) -> Figure | None:
     if len(outliers) == 0:
         return None
     mean, std = pixel_statistics(dataset)
-    shown = outliers[(mean[outliers] - 0.5).abs().argsort(descending=True)][:MOST_SHOWN]
+    shown = outliers[(mean[outliers] - 0.5).abs().argsort(descending=True)][:MAX_SHOWN]
     captions = [
         f"{i}, {CLASS_NAMES[dataset.labels[i]]}\nmean {mean[i]:.2f}, std {std[i]:.2f}"
         for i in shown.tolist()
@@ -274,7 +274,7 @@ def draw_pairs(pairs: list[Pair], datasets: dict[str, Dataset]) -> Figure | None
     if not pairs:
         return None
     images, captions = [], []
-    for pair in sorted(pairs, key=lambda pair: not pair.is_conflict())[: MOST_SHOWN // 2]:
+    for pair in sorted(pairs, key=lambda pair: not pair.is_conflict())[: MAX_SHOWN // 2]:
         parts = zip(pair.splits, pair.indices, strict=True)
         images += [datasets[split].images[index] for split, index in parts]
         captions += pair.captions()
@@ -353,10 +353,10 @@ def print_pairs(pairs: list[Pair]) -> None:
     if conflicts:
         text = "Near-duplicates with different labels, one of them likely wrong"
         cli.say(f"{text}: {len(conflicts)}.")
-    for pair in conflicts[:MOST_LISTED]:
+    for pair in conflicts[:MAX_LISTED]:
         first, second = (caption.replace("\n", " ") for caption in pair.captions())
         cli.say(f"  {first} - {second} (correlation {pair.correlation:.3f})")
-    if len(conflicts) > MOST_LISTED:
+    if len(conflicts) > MAX_LISTED:
         cli.say("  ... (all are in inspectData.json)")
 
 

@@ -56,9 +56,9 @@ RECIPE = replace(
 )
 DEV_MODELS = 2  # of each network
 # A label is flagged, for a person to look at, if it is wrong with a higher probability than this.
-FLAG = 0.2
+FLAG_THRESHOLD = 0.2
 # The suggested label is accepted if it is more probable than all others together.
-ACCEPT = 0.5
+ACCEPT_THRESHOLD = 0.5
 SHEET_IMAGES = 120  # of one class, at most
 
 
@@ -95,18 +95,18 @@ def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction
     in any case. No class loses its last image to accepted corrections.
     """
     labels, images = dataset.labels.numpy(), np.arange(len(dataset))
-    doubt = 1 - posterior[images, labels]
+    wrong_probability = 1 - posterior[images, labels]
     others = posterior.copy()
     others[images, labels] = 0
     suggested, confidence = others.argmax(axis=1), others.max(axis=1)
-    accepted = ~metrics.keep_classes(confidence <= ACCEPT, labels)
-    flagged = doubt > FLAG
+    accepted = ~metrics.keep_classes(confidence <= ACCEPT_THRESHOLD, labels)
+    flagged = wrong_probability > FLAG_THRESHOLD
     for i, j, _ in near_duplicates(dataset.images):
         if labels[i] != labels[j]:
-            flagged[i if doubt[i] > doubt[j] else j] = True
+            flagged[i if wrong_probability[i] > wrong_probability[j] else j] = True
     columns = (images, labels, suggested, confidence, accepted)
     rows = [column[flagged] for column in columns]
-    order = np.argsort(-doubt[flagged], kind="stable")
+    order = np.argsort(-wrong_probability[flagged], kind="stable")
     return [Correction(*(row[i].item() for row in rows)) for i in order]
 
 
@@ -146,7 +146,7 @@ def summarize(
     that is wrong.
     """
     labels = dataset.labels.numpy()
-    doubt = 1 - posterior[np.arange(len(labels)), labels]
+    wrong_probability = 1 - posterior[np.arange(len(labels)), labels]
     wrong = None if dataset.true_labels is None else labels != dataset.true_labels.numpy()
     chosen = {"flagged": np.zeros(len(labels), bool), "accepted": np.zeros(len(labels), bool)}
     for each in found:
@@ -154,7 +154,7 @@ def summarize(
     summary = {}
     for label, name in enumerate((*CLASS_NAMES, "all")):
         own = (labels == label) | (name == "all")
-        row = {"labels": own.sum(), "estimated_wrong": doubt[own].sum()}
+        row = {"labels": own.sum(), "estimated_wrong": wrong_probability[own].sum()}
         if wrong is not None:
             row["wrong"] = (own & wrong).sum()
         for kind, mask in chosen.items():

@@ -34,9 +34,9 @@ MODEL = "the course's CNN on classes drawn in equal parts"
 RECIPE = replace(NAIVE, name="learning-rates", sampler="balanced", epochs=8)
 
 CHANCE_LOSS = math.log(len(CLASS_NAMES))  # of a model that gives each class the same probability
-LEARNS = 0.95  # times chance level: a loss that stays above has not fallen
-WORKS = 0.8  # of the best run's loss reduction: not much worse a choice
-DIVERGES = 5  # times chance level, or in the range test times the lowest loss so far
+LEARNED_FRACTION = 0.95  # times chance level: a loss that stays above has not fallen
+WORKING_FRACTION = 0.8  # of the best run's loss reduction: not much worse a choice
+DIVERGENCE_FACTOR = 5  # times chance level, or in the range test times the lowest loss so far
 EMA_DECAY = 0.9  # a smoothed loss is a mean over about 10 steps
 
 RANGE_TEST_RATES = np.geomspace(1e-6, 1.0, 200)  # 33 steps for each power of ten
@@ -68,7 +68,7 @@ def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
 
 def divergence_step(losses: np.ndarray) -> int | None:
     """Return the first step, from 1, at which one of the runs [runs, steps] has diverged."""
-    diverged = ~(smooth(losses) <= DIVERGES * CHANCE_LOSS).all(axis=0)  # NaN is not <= anything
+    diverged = ~(smooth(losses) <= DIVERGENCE_FACTOR * CHANCE_LOSS).all(axis=0)  # also NaN
     return int(diverged.argmax()) + 1 if diverged.any() else None
 
 
@@ -80,7 +80,7 @@ def final_loss(losses: np.ndarray) -> float:
 def best_rate(curves: Mapping[float, np.ndarray]) -> float | None:
     """Return the rate that ends at the lowest loss without diverging; None if none learns."""
     ends = {rate: final_loss(runs) for rate, runs in curves.items() if not divergence_step(runs)}
-    learned = {rate: loss for rate, loss in ends.items() if loss < LEARNS * CHANCE_LOSS}
+    learned = {rate: loss for rate, loss in ends.items() if loss < LEARNED_FRACTION * CHANCE_LOSS}
     return min(learned, key=learned.__getitem__, default=None)
 
 
@@ -99,7 +99,7 @@ def verdict(rate: float, curves: Mapping[float, np.ndarray]) -> str:
         return "the best of these"
     reduction, most = (CHANCE_LOSS - final_loss(curves[each]) for each in (rate, best))
     fraction = f"{max(0.0, reduction / most):.0%} of the best run's loss reduction"
-    if reduction > WORKS * most:
+    if reduction > WORKING_FRACTION * most:
         return f"works: {fraction}"
     return f"too high: {fraction}" if rate > best else f"too low: converges too slowly, {fraction}"
 
@@ -112,8 +112,8 @@ def range_test(
 ) -> list[float]:
     """Take one step at each of RANGE_TEST_RATES; return the loss before each step.
 
-    It ends early once the smoothed loss is DIVERGES times its lowest value, or NaN. A copy of the
-    model is trained; the model itself stays as it is.
+    It ends early once the smoothed loss is DIVERGENCE_FACTOR times its lowest value, or NaN. The
+    model itself is not changed: a copy is trained.
     """
     model = copy.deepcopy(model).train()
     optimizer = make_optimizer(model, recipe)
@@ -129,7 +129,7 @@ def range_test(
         optimizer.step()
         losses.append(loss.item())
         smoothed = smooth(losses)
-        if not smoothed[-1] <= DIVERGES * smoothed.min():
+        if not smoothed[-1] <= DIVERGENCE_FACTOR * smoothed.min():
             break
     return losses
 
@@ -153,7 +153,7 @@ def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> tuple[float
         return None, f"the loss diverges after {len(losses)} steps, too few to tell"
     smoothed = smooth_without_lag(losses)
     lowest = int(smoothed.argmin())
-    if smoothed[lowest] > LEARNS * min(CHANCE_LOSS, smoothed[0]):
+    if smoothed[lowest] > LEARNED_FRACTION * min(CHANCE_LOSS, smoothed[0]):
         return None, "at no rate does the model become clearly better than chance"
     steepest = int(smooth_without_lag(losses, derivative=1)[: lowest + 1].argmin())
     if not EDGE <= steepest < len(losses) - EDGE:
@@ -179,7 +179,7 @@ def draw_losses(curves: Mapping[float, np.ndarray]) -> Figure:
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     lowest = min(float(np.nanmin(smooth(losses))) for losses in curves.values())
-    ax.set_ylim(0.9 * min(lowest, CHANCE_LOSS), 1.5 * DIVERGES * CHANCE_LOSS)
+    ax.set_ylim(0.9 * min(lowest, CHANCE_LOSS), 1.5 * DIVERGENCE_FACTOR * CHANCE_LOSS)
     ax.set_title("Loss by learning rate")
     figure.legend(loc="outside right upper", title="learning rate")
     return figure

@@ -38,7 +38,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-LONGEST_STEP = 1e7  # seconds
+MAX_STEP_SECONDS = 1e7  # seconds
 SECONDS_FOR_CTRL_C = 2.0  # that a script may take to end by itself
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
@@ -175,7 +175,7 @@ class Report:
         except UserError:
             return {}
         seconds = state.get("seconds") if isinstance(state, dict) else "no dict"
-        possible = isinstance(seconds, float) and 0 <= seconds < LONGEST_STEP  # JSON may hold a NaN
+        possible = isinstance(seconds, float) and 0 <= seconds < MAX_STEP_SECONDS  # not NaN
         return state if possible or seconds is None else {}
 
     def result_of(self, step: Step) -> Path:
@@ -256,7 +256,9 @@ class Report:
         return {
             "author": " ".join(self.arguments.author.split()) or "not named",
             "model": f"{path.name}, {describe_checkpoint(metadata)}",
-            "settings": ", ".join(f"{key} {cli.show(value)}" for key, value in settings if value),
+            "settings": ", ".join(
+                f"{key} {cli.safe_repr(value)}" for key, value in settings if value
+            ),
             "label corrections": f"{labels.name}, {accepted} of {len(corrections)} accepted",
             "command": shlex.join(["python", "report.py", *sys.argv[1:]]),
         }

@@ -67,7 +67,7 @@ BASELINES = {
     "best": "tuned",
 }
 # What a file of settings may change, and between which bounds.
-SETTINGS = {
+SETTING_BOUNDS = {
     "learning_rate": (1e-6, 1.0),
     "batch_size": (1, 4096),
     "weight_decay": (0.0, 10.0),
@@ -392,10 +392,12 @@ def read_settings(path: Path) -> Recipe:
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: has no settings found by tuning.py") from error
     for name, value in settings.items():
-        low, high = SETTINGS.get(name, (1, 0))
+        low, high = SETTING_BOUNDS.get(name, (1, 0))
         kinds = (int,) if isinstance(low, int) else (int, float)
         if type(value) not in kinds or not low <= value <= high:
-            raise UserError(f"{path}: {cli.show(name)} is {cli.show(value)}, which it can't be")
+            raise UserError(
+                f"{path}: {cli.safe_repr(name)} is {cli.safe_repr(value)}, which it can't be"
+            )
     return replace(TUNED, name="found", **settings)
 
 

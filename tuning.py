@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 TRIALS = 20
 EPOCHS = 16  # fewer than the recipe has: what is good early is mostly good later
-PARTS = 3  # of the training set: two to search on, one left aside for the comparison
+PARTS = 3  # of the training set: two to search on, one held out for the comparison
 SEEDS = 3  # of the comparison
 ROWS_SHOWN = 5
 # In steps where the last digits would not matter, or where close to 0 is not the same as 0.
@@ -78,7 +78,7 @@ SPACE = {
 
 
 def split(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Return the images to search on, and those left aside; near-duplicates are in the same part.
+    """Return the images to search on, and those held out; near-duplicates are in the same part.
 
     Raises:
         UserError: a class has too few images for that and for the folds of the search.
@@ -91,8 +91,8 @@ def split(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
                 f"{dataset.name}: {name}: {count} different images; tuning needs {needed}"
             )
     splitter = StratifiedGroupKFold(PARTS, shuffle=True, random_state=seed)
-    searched, aside = next(splitter.split(dataset.images, dataset.labels, groups))
-    return dataset.subset(torch.from_numpy(searched)), dataset.subset(torch.from_numpy(aside))
+    searched, held_out = next(splitter.split(dataset.images, dataset.labels, groups))
+    return dataset.subset(torch.from_numpy(searched)), dataset.subset(torch.from_numpy(held_out))
 
 
 def g_mean(labels: Tensor, logits: Tensor) -> float:
@@ -105,23 +105,23 @@ def check(
     default: Recipe,
     best: Recipe,
     searched: Dataset,
-    aside: Dataset,
+    held_out: Dataset,
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Train both recipes on the images searched on; compare them on those left aside.
+    """Train both recipes on the images searched on; compare them on those held out.
 
     Returns:
         of each recipe `g_mean`, the mean, and `runs`, that of each seed; the paired `comparison`.
     """
     seeds = range(seed, seed + SEEDS)
     jobs = [
-        (recipe, searched, aside.images, s, device) for recipe in (default, best) for s in seeds
+        (recipe, searched, held_out.images, s, device) for recipe in (default, best) for s in seeds
     ]
     logits = list(parallel_map(train_and_predict, jobs, device, "comparison"))
-    runs = [g_mean(aside.labels, each) for each in logits]
+    runs = [g_mean(held_out.labels, each) for each in logits]
     predicted = torch.stack(logits).argmax(dim=-1)
-    comparison = metrics.compare(aside.labels, predicted[SEEDS:], predicted[:SEEDS], seed=seed)
+    comparison = metrics.compare(held_out.labels, predicted[SEEDS:], predicted[:SEEDS], seed=seed)
     own, found = ({"g_mean": np.mean(r).item(), "runs": r} for r in (runs[:SEEDS], runs[SEEDS:]))
     return {"default": own, "best": found, "comparison": comparison}
 
@@ -310,7 +310,7 @@ def print_trials(trials: list[dict[str, Any]]) -> None:
 
 
 def print_check(checked: dict[str, Any] | None) -> None:
-    """Print the comparison on the images left aside, or why there is none."""
+    """Print the comparison on the images held out, or why there is none."""
     if checked is None:
         cli.say("\nNo trial was better than the recipe's own settings.")
         return
@@ -351,7 +351,7 @@ def main() -> None:
     if arguments.labels:
         dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))
     results = cli.Results(arguments, describe(dataset))
-    searched, aside = split(dataset, seed)
+    searched, held_out = split(dataset, seed)
     recipe = with_epochs(replace(TUNED, epochs=EPOCHS), arguments.epochs, arguments.quick)
 
     def score(tried: Recipe) -> float:
@@ -369,7 +369,7 @@ def main() -> None:
     best = replace(recipe, **numbers["best"]["settings"])
     numbers["check"] = None
     if best != recipe:
-        numbers["check"] = check(recipe, best, searched, aside, seed, device)
+        numbers["check"] = check(recipe, best, searched, held_out, seed, device)
     results.save_json("tuning", numbers)
     results.save_figure("tuning", draw_search(numbers))
     print_trials(numbers["trials"])

@@ -20,8 +20,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 PROJECT = Path(__file__).resolve().parent.parent
-LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
-LARGEST_JSON = 2**26  # bytes
+MAX_SEED = 2**32 - 1  # numpy takes no larger one
+MAX_JSON_SIZE = 2**26  # bytes
 FIGURE_DPI = 150
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
 PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
@@ -39,7 +39,7 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def show(value: object) -> str:
+def safe_repr(value: object) -> str:
     """Describe a value that came from a file in a few words, however large or odd it is."""
     if value is None or isinstance(value, bool | float):
         return repr(value)
@@ -137,9 +137,9 @@ def add_checkpoint_option(
 
 
 def natural_number(text: str) -> int:
-    """Parse a whole number from 0 to LARGEST_SEED."""
-    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) > LARGEST_SEED:
-        message = f"{text[:20]!r} is not a whole number from 0 to {LARGEST_SEED}"
+    """Parse a whole number from 0 to MAX_SEED."""
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) > MAX_SEED:
+        message = f"{text[:20]!r} is not a whole number from 0 to {MAX_SEED}"
         raise argparse.ArgumentTypeError(message)
     return int(text)
 
@@ -242,7 +242,7 @@ def read_json(path: Path) -> Any:
         UserError: it can't be read, or is none.
     """
     try:
-        return json.loads(read_bytes(path, LARGEST_JSON))
+        return json.loads(read_bytes(path, MAX_JSON_SIZE))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file, or cut short") from error
 

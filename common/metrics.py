@@ -286,9 +286,9 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> f
 
 # ---- label noise ------------------------------------------------------------------------------
 
-# A label is doubted if it is wrong with a higher probability than this. By the models' own estimate
-# about as many labels are doubted then as are wrong.
-DOUBT = 0.35
+# The label filter rejects a label that is wrong with a higher probability than this. It then rejects
+# about as many labels as are wrong by the models' own estimate.
+FILTER_THRESHOLD = 0.35
 
 
 def label_posterior(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
@@ -343,13 +343,13 @@ def fit_label_noise(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, n
 
 
 def trusted_labels(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """Return which given labels, bool [N], are wrong with a probability of at most DOUBT.
+    """Return which labels to trust, bool [N]: wrong with at most FILTER_THRESHOLD probability.
 
-    A class of which nothing would be left is trusted as a whole.
+    A class that would have no images left is trusted as a whole.
     """
     labels = np.asarray(labels)
     own = label_posterior(logits, labels)[np.arange(len(labels)), labels]
-    return keep_classes(own >= 1 - DOUBT, labels)
+    return keep_classes(own >= 1 - FILTER_THRESHOLD, labels)
 
 
 def keep_classes(kept: np.ndarray, labels: np.ndarray) -> np.ndarray:

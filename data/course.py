@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.cli import UserError, read_bytes, say, show
+from common.cli import UserError, read_bytes, safe_repr, say
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LARGEST_FILE = 2**30  # bytes: 85,000 images
+MAX_FILE_SIZE = 2**30  # bytes: 85,000 images
 IMAGE_SHAPE = (3, 32, 32)
 LABELS = (0, 1, 2)
 FORM = "save a list of (float32 tensor [3, 32, 32] in [-1, 1], int) with pickle.dump"
@@ -64,13 +64,13 @@ class _PickledTensor(NamedTuple):
 
 def read_course_pickle(path: Path) -> tuple[Tensor, Tensor]:
     """Return the images, uint8 [N, 3, 32, 32], and the labels, int64 [N], of a course pickle."""
-    content = read_bytes(path, LARGEST_FILE)
+    content = read_bytes(path, MAX_FILE_SIZE)
     try:
         if content.startswith(b"PK"):
             raise UserError(f"was written by torch.save; {FORM}")
         # Each image brings dozens of opcodes, and 12 kB of pixels. Many more would be an attack.
-        most_opcodes = len(content) // 20 + 10_000
-        items = _run_pickle(io.BytesIO(content), most_opcodes, _TensorCalls())
+        max_opcodes = len(content) // 20 + 10_000
+        items = _run_pickle(io.BytesIO(content), max_opcodes, _TensorCalls())
         return _to_tensors(items, len(content))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -78,7 +78,7 @@ def read_course_pickle(path: Path) -> tuple[Tensor, Tensor]:
         raise UserError(f"{path}: not a whole pickle of tensors; {FORM}") from error
 
 
-def _run_pickle(stream: io.BytesIO, most_opcodes: int, call: Callable[[Any, Any], Any]) -> Any:
+def _run_pickle(stream: io.BytesIO, max_opcodes: int, call: Callable[[Any, Any], Any]) -> Any:
     """Run one pickle with a stack, marks into it, and a memo, as Python's unpickler does.
 
     Args:
@@ -99,7 +99,7 @@ def _run_pickle(stream: io.BytesIO, most_opcodes: int, call: Callable[[Any, Any]
         return items
 
     for number, (opcode, value, _) in enumerate(pickletools.genops(stream)):
-        if number > most_opcodes:
+        if number > max_opcodes:
             raise UserError(f"has more opcodes than a list of images needs; {FORM}")
         name = opcode.name
         if name in LITERALS:
@@ -185,7 +185,9 @@ class _TensorCalls:
             case (str(module), str()), _ if module.startswith("numpy"):
                 raise UserError(f"holds NumPy arrays; {FORM}")
             case (str(module), str(name)), _:
-                raise UserError(f"asks for {show(f'{module}.{name}')}, which is refused; {FORM}")
+                raise UserError(
+                    f"asks for {safe_repr(f'{module}.{name}')}, which is refused; {FORM}"
+                )
         raise ValueError("a call of something that is no global")
 
 
@@ -203,7 +205,7 @@ def _load_storage(content: bytes) -> np.ndarray:
     _require(magic == TORCH_MAGIC and system["little_endian"] is True)
     _require(kind == "storage" and type_[0] == "torch" and view is None and keys == [key])
     if type_[1] not in STORAGE_TYPES:
-        raise UserError(f"holds tensors of type {show(type_[1])}; {FORM}")
+        raise UserError(f"holds tensors of type {safe_repr(type_[1])}; {FORM}")
     _require(count == int.from_bytes(stream.read(8), "little"))
     return np.frombuffer(content, STORAGE_TYPES[type_[1]], count, stream.tell())
 
@@ -240,7 +242,7 @@ def _to_pair(index: int, item: Any) -> tuple[np.ndarray, int]:
         raise UserError(f"item {index} is not a pair (image, label); {FORM}")
     image, label = item
     if not isinstance(image, _PickledTensor):
-        raise UserError(f"image {index} is {show(image)}; {FORM}")
+        raise UserError(f"image {index} is {safe_repr(image)}; {FORM}")
     if image.storage.dtype != np.float32:
         raise UserError(f"image {index} is a tensor of {image.storage.dtype}; {FORM}")
     if image.size != IMAGE_SHAPE:
@@ -248,7 +250,7 @@ def _to_pair(index: int, item: Any) -> tuple[np.ndarray, int]:
     if isinstance(label, _PickledTensor) and label.size in ((), (1,)):
         label = label.storage[label.offset].item() if label.offset >= 0 else None
     if not (type(label) is int and label in LABELS):
-        raise UserError(f"label {index} is {show(label)}; labels are 0 car, 1 truck, 2 cat")
+        raise UserError(f"label {index} is {safe_repr(label)}; labels are 0 car, 1 truck, 2 cat")
     return _view(image), label
 
 

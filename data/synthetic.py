@@ -60,8 +60,8 @@ HORIZON_RANGE = (0.4, 0.85)  # fraction of the canvas above the floor
 STRIPES_FRACTION = 0.3  # with planks, a fence or road markings
 SHADOW_FRACTION = 0.6  # with a dark patch on the ground
 UNEVENNESS = 18.0  # gray levels by which the backdrop varies from place to place
-MOST_CLUTTER_BEHIND = 3
-MOST_CLUTTER_IN_FRONT = 1
+MAX_CLUTTER_BEHIND = 3
+MAX_CLUTTER_IN_FRONT = 1
 CLUTTER_SIZE_RANGE = (0.06, 0.2)  # fraction of the canvas
 HIDDEN_FRACTION = 0.06  # half of the object stands behind a wall
 
@@ -177,12 +177,12 @@ def draw_image(label: int, generator: Generator) -> np.ndarray:
     """Draw one image from back to front, uint8 [3, 32, 32]: what comes later covers the rest."""
     image = draw_background(generator)
     canvas = ImageDraw.Draw(image)
-    draw_clutter(canvas, MOST_CLUTTER_BEHIND, generator)
+    draw_clutter(canvas, MAX_CLUTTER_BEHIND, generator)
     brush = place_object(canvas, generator)
     draw_view, ground = pick(VIEWS[label], generator)
     draw_shadow(brush, ground, generator)
     draw_view(brush, pick_color(COLORS[label], generator), generator)
-    draw_clutter(canvas, MOST_CLUTTER_IN_FRONT, generator)
+    draw_clutter(canvas, MAX_CLUTTER_IN_FRONT, generator)
     if generator.random() < HIDDEN_FRACTION:
         draw_wall_in_front(brush, generator)
     return simulate_camera(image, generator)
