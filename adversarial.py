@@ -1,4 +1,4 @@
-"""Step 5: noise that a person hardly sees makes a model wrong; another model withstands it.
+"""Step 5: noise that people hardly notice fools a model; a robust model withstands it.
 
     python adversarial.py
     python adversarial.py --epsilons 0.01 0.02 0.05 --checkpoint models/best.ckpt
@@ -52,10 +52,10 @@ from tqdm import tqdm
 
 SHIPPED_ROBUST = PROJECT / "models" / "robust.ckpt"  # trained on photographs
 REPORT_EPSILONS = (0.05, 0.1)
-EPSILONS = (0.02, 0.0314, *REPORT_EPSILONS)  # 0.0314 is 8/255, the field's usual one
+EPSILONS = (0.02, 0.0314, *REPORT_EPSILONS)  # 0.0314 is 8/255, the usual value
 PGD_STEPS = 20
 RUNS = 3  # seeds of noise that is the same for all images
-BUDGET = 1e11  # FLOPs of predicting all images once with which the attacks take a few minutes
+BUDGET = 1e11  # FLOPs of one forward pass of all images; the attacks then take a few minutes
 EXAMPLES = 6  # images in a row of a figure
 SALIENCY_EXAMPLES = 4
 ATTACKS = {
@@ -82,7 +82,7 @@ class Attacked:
     Attributes:
         images: of the first run, float [N, 3, 32, 32].
         logits: of all runs, [runs, N, C].
-        noise: what was added to all images alike, [runs, 3, 32, 32]; None if each has its own.
+        noise: added to all images alike, [runs, 3, 32, 32]; None if each image has its own.
     """
 
     epsilon: float
@@ -128,12 +128,12 @@ def attack_all(
     quick: bool = False,
     to_next_label: bool = True,
 ) -> dict[str, list[Attacked]]:
-    """Attack the dev images in all ways; return what came out, epsilon by epsilon.
+    """Run all attacks on the dev images; return their results, epsilon by epsilon.
 
     Args:
-        training_set: universal perturbations are fitted on it; None leaves them out.
-        epsilons: in rising order.
-        to_next_label: fit the report's kind of universal perturbation, too.
+        training_set: to fit universal perturbations on; None leaves them out.
+        epsilons: in ascending order.
+        to_next_label: also fit the report's kind of universal perturbation.
     """
     found: dict[str, list[Attacked]] = {name: [] for name in ATTACKS}
     clean = after_pgd = to_float(dev.images)
@@ -155,7 +155,7 @@ def attack_all(
 
         images = in_batches(fgsm, model, clean, dev.labels, epsilon=epsilon)
         found["fgsm"].append(Attacked(epsilon, images, predict_logits(model, images)[None]))
-        # What PGD has fooled with a smaller epsilon stays fooled: only the rest is attacked.
+        # Images fooled by PGD with a smaller epsilon stay fooled: only the others are attacked.
         after_pgd = after_pgd.clone()
         after_pgd[left] = in_batches(
             pgd, model, clean[left], dev.labels[left], epsilon=epsilon, steps=pgd_steps
@@ -183,7 +183,7 @@ def count_affordable(models: list[Classifier], dataset: Dataset) -> int:
 
 
 def expected_seconds(model: Classifier, dev: Dataset, epsilons: int) -> float:
-    """Return about how long `attack_all` takes, from the time of one batch."""
+    """Estimate how long `attack_all` takes from the time of one batch."""
     images, labels = to_float(dev.images[:50]), dev.labels[:50]
     for _ in range(2):  # the first time is slower
         start = time.perf_counter()
@@ -200,7 +200,7 @@ def expected_seconds(model: Classifier, dev: Dataset, epsilons: int) -> float:
 
 
 def summarize(target: Target, labels: Tensor, seed: int) -> dict[str, Any]:
-    """Return what the JSON file says of a model: its scores, clean and under each attack."""
+    """Return a model's entry in the JSON file: its scores, clean and under each attack."""
     by_attack = {
         name: {each.key: summarize_attack(labels, target.predicted, each, seed) for each in found}
         for name, found in target.attacks.items()
@@ -214,7 +214,7 @@ def summarize_attack(
 ) -> dict[str, Any]:
     """Return the scores under an attack, its success rate, and the most predicted class.
 
-    Of several runs, all are means, the ends of intervals too; `spread` is their standard
+    Over several runs, all values are means, interval ends included; `spread` is the standard
     deviation.
 
     Args:
@@ -242,7 +242,7 @@ def summarize_run(labels: Tensor, before: Tensor, after: Tensor, seed: int) -> d
 
 
 def compare(robust: Target, plain: Target, labels: Tensor) -> dict[str, Any]:
-    """Return how much better the robust model is under each attack, on the same images."""
+    """Compare the robust model with the plain one under each attack, on the same images."""
     return {
         name: {
             ours.key: metrics.compare(labels, ours.predicted, theirs.predicted, "balanced_accuracy")
@@ -267,7 +267,7 @@ def print_summaries(numbers: dict[str, Any]) -> None:
         "\nIn brackets: 95% intervals. Success rate: over the images classified correctly without"
         "\nan attack; all else is over all images (the report's FGSM: over those images only)."
         "\nNoise that is the same for all images: mean of several seeds ± standard deviation. No"
-        "\nuniversal perturbation is added where none was found that harms training images."
+        "\nuniversal perturbation is added where none was found that lowers the accuracy on train."
     )
     for epsilon, comparison in numbers.get("comparison", {}).get("pgd", {}).items():
         cli.say(f"PGD of {epsilon}, balanced accuracy: robust is {comparison['text']}")
@@ -348,7 +348,7 @@ def draw_saliency(dataset: Dataset, targets: dict[str, Target]) -> Figure:
             cells += show_attacked(target, attacked, [index])
             cells.append((after, f"{name}, attacked:\nmaximum {after.max():.2g}"))
         rows[f"image {index}: {CLASS_NAMES[label]}"] = cells
-    title = "how steeply the loss rises with each pixel. Each map has its own scale, up to white"
+    title = "how much the loss changes with each pixel. Each map is scaled to its own maximum"
     title = f"Saliency before and after FGSM of {shown.key}: {title}"
     return draw_rows(title, rows, bool(examples))
 
@@ -360,7 +360,7 @@ def choose_epsilons(found: list[Attacked]) -> list[Attacked]:
 
 
 def choose_examples(labels: Tensor, before: Tensor, after: Tensor) -> list[int]:
-    """Return a few images that an attack fooled, the classes in turn, as in the report."""
+    """Return a few images on which the attack succeeded, alternating classes, as in the report."""
     fooled = (before == labels) & (after != labels)
     members = [
         torch.nonzero(fooled & (labels == label)).flatten().tolist()
@@ -401,7 +401,7 @@ def rescale(noise: Tensor, epsilon: float) -> Tensor:
 
 
 def describe_scale(attacked: Attacked) -> str:
-    """Say by how much `rescale` multiplies the noise."""
+    """Return the factor by which `rescale` multiplies the noise, as text."""
     none = attacked.noise is not None and not attacked.noise[0].any()
     return "none found" if none else f"times {1 / (2 * attacked.epsilon):.3g}"
 
@@ -501,13 +501,13 @@ def find_robust(
 
 
 def is_trained_on(path: Path, dataset: Dataset) -> bool:
-    """Tell whether a checkpoint says that it was trained on this very data set."""
+    """Return whether a checkpoint was trained on this data set, by its fingerprint."""
     trained_on = load_checkpoint(path)[1].get("trained_on")
     return isinstance(trained_on, dict) and trained_on.get("fingerprint") == dataset.fingerprint
 
 
 def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifier, dict[str, Any]]:
-    """Return a checkpoint's model and metadata; the pixel range is that of bare ones."""
+    """Return a checkpoint's model and metadata; the pixel range applies to bare ones only."""
     bare = is_bare(path)
     model, metadata = load_checkpoint(path, pixel_range if bare else None)
     note = "; pixels taken to be in [-1, 1]; if it was trained on [0, 1]: --pixel-range 0,1"
@@ -518,7 +518,7 @@ def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifie
 def draw_all(
     results: Results, dev: Dataset, targets: dict[str, Target], summaries: dict[str, Any]
 ) -> None:
-    """Draw the report's figures 4 and 5, of the plain model, and others."""
+    """Draw the report's figures 4 and 5 for the plain model, and others."""
     plain = targets["plain"]
     results.save_figure("4-fgsm", draw_fgsm(dev, plain))
     if "universal" in plain.attacks:
@@ -541,7 +541,7 @@ def save_images(results: Results, dev: Dataset, targets: dict[str, Target]) -> N
 
 
 def parse_epsilon(text: str) -> float:
-    """Parse an epsilon: above 0, and at most 1, which is full brightness."""
+    """Parse an epsilon: above 0 and at most 1, full brightness."""
     epsilon = cli.positive_float(text)
     if epsilon > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is above 1, which is full brightness")
@@ -571,7 +571,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--images",
         type=cli.positive_int,
         metavar="N",
-        help="how many random dev images to attack; without it, as many as take a few minutes",
+        help="number of random dev images to attack; without it, as many as a few minutes allow",
     )
     parser.add_argument(
         "--save-images", action="store_true", help="write all attacked images, 10 MB an attack"

@@ -35,7 +35,7 @@ from torch import Tensor
 
 # The report's limits for outliers, for pixels in [0, 1].
 MIN_MEAN, MAX_MEAN, MIN_STD = 0.1, 0.9, 0.1
-MAX_BLOCKS = 20  # consecutive parts of the file, compared with each other
+MAX_BLOCKS = 20  # consecutive parts of the file, compared by the test
 MIN_EXPECTED = 5  # images of a class per block: the chi-squared test's rule of thumb
 BLOCK = 250  # images per point of the curve of class fractions
 MAX_SHOWN = 32  # images in a figure
@@ -82,7 +82,7 @@ def independence_p_value(labels: np.ndarray) -> float | None:
 
 
 def count_in_blocks(labels: np.ndarray, blocks: int) -> np.ndarray:
-    """Return the class counts of so many consecutive blocks of nearly equal size."""
+    """Return the class counts in this number of consecutive blocks of nearly equal size."""
     parts = np.array_split(labels, blocks)
     return np.array([np.bincount(part, minlength=len(CLASS_NAMES)) for part in parts])
 
@@ -96,7 +96,7 @@ class Pair(NamedTuple):
     correlation: float
 
     def is_conflict(self) -> bool:
-        """Tell whether the labels differ: then one of them is probably wrong."""
+        """Return whether the labels differ: then one of them is probably wrong."""
         return self.labels[0] != self.labels[1]
 
     def captions(self) -> list[str]:
@@ -174,7 +174,7 @@ def draw_label_counts(datasets: list[Dataset]) -> Figure:
 
 
 def draw_bar(ax: Axes, row: int, dataset: Dataset) -> None:
-    """Draw a stacked bar; what does not fit into a part is written above or below it."""
+    """Draw a stacked bar; text that does not fit into a segment is above or below it."""
     left = 0.0
     for label, count in enumerate(dataset.class_counts):
         fraction = count / len(dataset)
@@ -318,7 +318,7 @@ def print_splits(splits: dict[str, dict[str, Any]]) -> None:
 
 
 def format_p_value(p_value: float | None) -> str:
-    """Return a p-value, not as 0.00 where it is only small."""
+    """Format a p-value; small ones in scientific notation."""
     if p_value is None:
         return "too few"
     return f"{p_value:.2f}" if p_value >= 0.01 else f"{p_value:.0e}"
@@ -337,7 +337,7 @@ def print_verdicts(numbers: dict[str, Any]) -> None:
 
 
 def verdict(p_value: float | None, holds: str, fails: str) -> str:
-    """Return what a p-value means."""
+    """Say what a p-value means."""
     if p_value is None:
         return f"{holds}? There are too few images to test that."
     text = f"{holds}, as far as a test can tell" if p_value >= 0.05 else fails
@@ -345,10 +345,10 @@ def verdict(p_value: float | None, holds: str, fails: str) -> str:
 
 
 def print_pairs(pairs: list[Pair]) -> None:
-    """Say how many images of dev are known from train, and which labels contradict each other."""
+    """Print how many dev images are in train too, and which labels contradict each other."""
     known = len({pair.indices[0] for pair in pairs if pair.splits == ("dev", "train")})
     if known:
-        cli.say(f"Images of dev that are, nearly, in train too: {known}. They flatter a score.")
+        cli.say(f"Dev images with a near-duplicate in train: {known}. They inflate the scores.")
     conflicts = [pair for pair in pairs if pair.is_conflict()]
     if conflicts:
         text = "Near-duplicates with different labels, one of them likely wrong"
@@ -364,7 +364,7 @@ def print_pairs(pairs: list[Pair]) -> None:
 
 
 def export(folder: Path, datasets: list[Dataset]) -> None:
-    """Write image folders, whole or not at all."""
+    """Write image folders; `folder` appears only once it is complete."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
@@ -378,12 +378,12 @@ def export(folder: Path, datasets: list[Dataset]) -> None:
 
 
 def main() -> None:
-    """Inspect whatever splits there are."""
+    """Inspect the splits that the data set has."""
     parser = cli.make_parser(__doc__)
     text = "write the set as FOLDER/<split>/<class>/*.png"
     parser.add_argument("--export", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args()
-    choose_device(arguments.device)  # not used here, but a wrong name is a mistake all the same
+    choose_device(arguments.device)  # not used here, but a wrong name is still reported
     if arguments.export and arguments.export.exists():
         raise UserError(f"--export {arguments.export}: exists already; name a new folder")
     if arguments.export and arguments.quick:

@@ -6,8 +6,8 @@
     python training.py --settings results/<data>/tuning.json
     python training.py --show-mismatch
 
-A recipe is all the settings of a run; common/recipes.py has every one, with its reasons. The loop
-itself is `train` in common/train.py.
+A recipe holds all settings of a run; common/recipes.py gives a reason for each. The training loop
+is `train` in common/train.py.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-# Which earlier recipe each one is compared with: the one that it changes a little.
+# Which earlier recipe each one is compared with.
 BASELINES = {
     "weight-decay": "naive",
     "strict-sampler": "naive",
@@ -66,7 +66,7 @@ BASELINES = {
     "tuned": "final",
     "best": "tuned",
 }
-# What a file of settings may change, and between which bounds.
+# What a file of settings (--settings) may change, and the bounds.
 SETTING_BOUNDS = {
     "learning_rate": (1e-6, 1.0),
     "batch_size": (1, 4096),
@@ -80,7 +80,7 @@ SETTING_BOUNDS = {
 
 @dataclass
 class Trained:
-    """What came out of one run."""
+    """The outcome of one run."""
 
     recipe: Recipe
     seed: int
@@ -144,12 +144,12 @@ def train_run(
     """Train one model, evaluate it after each epoch, and save it, so that it can be resumed.
 
     Args:
-        path: of the checkpoint; that of a run under way ends in `.unfinished.ckpt`.
+        path: of the checkpoint; while the run lasts, it ends in `.unfinished.ckpt`.
         earlier: what `find_earlier` returned.
         position: of the progress bar, below those of other runs.
     """
     history = list(earlier.get("history", []))
-    if "logits" in earlier:  # finished before
+    if "logits" in earlier:  # it was finished already
         return Trained(recipe, seed, earlier["logits"], history)
     unfinished = path.with_suffix(".unfinished.ckpt")
     bar = tqdm(
@@ -189,7 +189,7 @@ def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the training state of an earlier run with the same metadata, {} if there is none.
 
     Raises:
-        UserError: there is a run, but with other settings: going on would overwrite it.
+        UserError: there is one with other settings, which would be overwritten.
     """
     for file in (path.with_suffix(".unfinished.ckpt"), path):
         if file.exists():
@@ -208,10 +208,10 @@ def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarize(runs: list[Trained], dev: Dataset, baseline: list[Trained]) -> dict[str, Any]:
-    """Return what the JSON file says of a recipe.
+    """Return a recipe's entry in the JSON file.
 
     The scores are means over the seeds, and `spread` is their standard deviation. `interval` is
-    that of the first seed's run: how far its scores may be off on other images.
+    that of the first seed's run: the uncertainty from the choice of images.
 
     Args:
         baseline: the runs of the recipe to compare with, if it was trained too.
@@ -329,7 +329,7 @@ def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
 def show_mismatch(
     model: Classifier, origin: dict[str, Any], dev: Dataset, results: Results
 ) -> None:
-    """Evaluate one model in its own pixel range and in the other one: the bug of step 3g."""
+    """Evaluate one model in its own pixel range and in the wrong one: the bug of step 3g."""
     own = model.pixel_range
     other = (0.0, 1.0) if own == (-1.0, 1.0) else (-1.0, 1.0)
     right, wrong = (
@@ -407,7 +407,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         metavar="NAME[,NAME...]",
-        help=f"{', '.join(RECIPES)}; or all, the report's and tuned; without it, final",
+        help=f"{', '.join(RECIPES)}; or all (the report's and tuned); without it, final",
     )
     parser.add_argument(
         "--settings",
@@ -415,15 +415,17 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="train recipe `found`: tuned, with the settings found by tuning.py",
     )
-    parser.add_argument("--epochs", type=cli.positive_int, help="how many, not the recipe's own")
+    parser.add_argument(
+        "--epochs", type=cli.positive_int, help="number of epochs, instead of the recipe's"
+    )
     parser.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
-        help="correct the labels first, by the accepted rows of this file of label_errors.py",
+        help="correct the labels first, by the accepted rows of this file from label_errors.py",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with stopped runs of the same command"
+        "--resume", action="store_true", help="resume stopped runs of the same command"
     )
     parser.add_argument(
         "--show-mismatch",

@@ -1,4 +1,4 @@
-"""Scores for imbalanced classes, how far they can be trusted, and fair comparisons of models.
+"""Scores for imbalanced classes, their confidence intervals, and paired comparisons of models.
 
 All functions take NumPy arrays, torch tensors or lists, and return NumPy arrays or plain numbers.
 """
@@ -41,7 +41,7 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     Recall is the fraction of a class's images that are classified correctly, NaN for a class
     without images. Precision is the fraction of a class's predictions that are correct, 0 for a
     class that is never predicted. Balanced accuracy is the mean of the recalls. G-mean is their
-    geometric mean (Kubat and Matwin 1997; Sun, Kamel and Wang 2006): 0 as soon as one of them is.
+    geometric mean (Kubat and Matwin 1997; Sun, Kamel and Wang 2006): 0 if any of them is 0.
 
     Returns:
         accuracy, balanced_accuracy, g_mean: [...] each; recall, precision: [..., C].
@@ -145,8 +145,8 @@ def intervals(confusion: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     """Return the 95% interval of each score of a confusion matrix [C, C].
 
     Recall and precision: Jeffreys; accuracy: Wilson; balanced accuracy and G-mean: draws from the
-    recalls' posteriors (Brodersen et al. 2010). Of the precision of a class that is never
-    predicted nothing is known: [0, 1].
+    recalls' posteriors (Brodersen et al. 2010). The interval for the precision of a class that is
+    never predicted is [0, 1].
 
     Returns:
         the keys of `scores`, with a last axis (low, high).
@@ -171,7 +171,7 @@ def intervals(confusion: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def _interval_around(draws: np.ndarray, value: float) -> np.ndarray:
-    """Return the middle 95% of draws, widened to hold the value itself if it has to be."""
+    """Return the central 95% of the draws, widened to contain the value if necessary."""
     low, high = np.quantile(draws, TAILS)
     return np.array([np.fmin(low, value), np.fmax(high, value)])
 
@@ -186,19 +186,19 @@ def compare(
     score: str = "g_mean",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return how much better `predicted` [S, N] or [N] is than `baseline`, on the same images.
+    """Compare the predictions `predicted` [S, N] or [N] with `baseline`, on the same images.
 
     Bayesian bootstrap (Rubin 1981): in each draw, the images of a class get random weights, the
-    same for both models, so that what is hard for both cancels out. Half a pseudo-image for each
-    joint outcome (none, one, the other or both are correct) stands for what these few images did
-    not happen to show: without it, two perfect models would differ by 0 for certain. With S runs
+    same for both models, so that images that are hard for both cancel out. Half a pseudo-image
+    for each joint outcome (neither, one, the other or both correct) accounts for outcomes that
+    these few images lack: without it, two perfect models would differ by exactly 0. With S runs
     (seeds), run i is compared to run i, and a t-distributed term adds the spread over the runs.
-    Part of that spread is chance in the images again, so with several runs the interval is rather
-    too wide than too narrow (in simulations it covers 97 to 100%).
+    Part of that spread comes from the choice of images, which then counts twice: with several
+    runs, the interval is conservative (in simulations it covers 97 to 100%).
 
     Returns:
-        `difference` of the mean scores, its 95% `interval`, the number of `runs`, and what that
-        means, as `text`.
+        `difference` of the mean scores (above 0 if `predicted` is better), its 95% `interval`, the
+        number of `runs`, and the result in words, `text`.
     """
     labels = np.asarray(labels)
     correct = [np.atleast_2d(np.asarray(runs)) == labels for runs in (baseline, predicted)]
@@ -224,7 +224,7 @@ def compare(
 def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Draw the recalls [DRAWS, 2 S] of one class from `correct` [2 S, images of the class].
 
-    Images with the same outcomes share one weight, a gamma variable of their number.
+    Images with the same outcomes share one weight, gamma-distributed with their number as shape.
     """
     patterns, counts = np.unique(correct, axis=1, return_counts=True)
     pairs = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])  # baseline correct?, predicted correct?
@@ -242,7 +242,7 @@ def _per_run_difference(recalls: np.ndarray, fractions: np.ndarray, score: str) 
 
 
 def describe_comparison(comparison: Mapping[str, Any]) -> str:
-    """Say in words which is better; what holds 0 in its interval is no difference."""
+    """Say in words which is better; an interval that contains 0 is no difference."""
     difference, (low, high) = comparison["difference"], comparison["interval"]
     if low > 0:
         text = f"better by {difference:.3f} [{low:.3f}, {high:.3f}]"
@@ -286,16 +286,16 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> f
 
 # ---- label noise ------------------------------------------------------------------------------
 
-# The label filter rejects a label that is wrong with a higher probability than this. It then rejects
-# about as many labels as are wrong by the models' own estimate.
+# The label filter rejects labels that are wrong with a higher probability than this. These are
+# about as many as are wrong by the models' own estimate.
 FILTER_THRESHOLD = 0.35
 
 
 def label_posterior(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """Return P(true label | image, given label), [N, C], where some of the labels are wrong.
+    """Return the label posterior, P(true label | image, given label), [N, C].
 
     Args:
-        logits: [N, C], out of fold: each by a model that was not trained on the image.
+        logits: [N, C], out of fold: each from a model that was not trained on the image.
         labels: as given, [N].
     """
     labels = np.asarray(labels)
@@ -311,8 +311,8 @@ def fit_label_noise(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, n
     given label that is modeled here, by P(true | image) @ transition, the forward correction of
     Patrini et al. (2017). P(true | image) is softmax(logits / temperature + bias), where the bias
     restores the class prior, which models trained on balanced classes lack. Temperature, bias and
-    transition matrix are those under which the given labels are most likely. One more image per
-    class, labeled correctly, settles what the data leave open: no label is wrong without evidence.
+    transition matrix are those under which the given labels are most likely. One extra,
+    correctly labeled image per class is the prior: without evidence, no label is wrong.
     """
     logits, labels = np.asarray(logits, dtype=float), np.asarray(labels)
     classes = logits.shape[1]

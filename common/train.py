@@ -182,8 +182,8 @@ def draw_indices(recipe: Recipe, labels: Tensor) -> Tensor:
 def draw_balanced(labels: Tensor, count: int) -> Tensor:
     """Draw `count` images, always from the class drawn least so far, int64 [count].
 
-    Ties are broken evenly: each round draws every class once, in random order. Within a class, images are
-    drawn with replacement.
+    Ties are broken evenly: each round draws every class once, in random order. Within a class,
+    images are drawn with replacement.
     """
     classes = labels.unique()
     rounds = torch.rand(-(-count // len(classes)), len(classes)).argsort(dim=1)

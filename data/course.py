@@ -1,9 +1,8 @@
-"""Read the course's pickles, lists of (float32 tensor [3, 32, 32], int label), without trust.
+"""Read the course's pickles, lists of (float32 tensor [3, 32, 32], int label), safely.
 
 A pickle is a program, and Python's unpickler imports and calls whatever it names. `_run_pickle`
-knows only the few opcodes that a list of tensors needs. What the file names stays a name, and
-`_TensorCalls` lists all the calls that there are. Memory and time stay within a small multiple of
-what the file's size calls for.
+implements only the few opcodes that a list of tensors needs, imports nothing, and allows only the
+calls in `_TensorCalls`. Memory and time are bounded by a small multiple of the file's size.
 """
 
 import copy
@@ -47,14 +46,14 @@ STORAGE_OPCODES = 200  # more than enough for the header of one storage
 
 
 class _Global(NamedTuple):
-    """A name that a pickle asks for; it stays a name."""
+    """A name that a pickle refers to; it is never imported."""
 
     module: str
     name: str
 
 
 class _PickledTensor(NamedTuple):
-    """What a pickle says of a tensor, unchecked."""
+    """What a pickle says about a tensor, unchecked."""
 
     storage: np.ndarray
     offset: int
@@ -68,7 +67,7 @@ def read_course_pickle(path: Path) -> tuple[Tensor, Tensor]:
     try:
         if content.startswith(b"PK"):
             raise UserError(f"was written by torch.save; {FORM}")
-        # Each image brings dozens of opcodes, and 12 kB of pixels. Many more would be an attack.
+        # Each image has dozens of opcodes, and 12 kB of pixels. A file with more is hostile.
         max_opcodes = len(content) // 20 + 10_000
         items = _run_pickle(io.BytesIO(content), max_opcodes, _TensorCalls())
         return _to_tensors(items, len(content))
@@ -82,7 +81,7 @@ def _run_pickle(stream: io.BytesIO, max_opcodes: int, call: Callable[[Any, Any],
     """Run one pickle with a stack, marks into it, and a memo, as Python's unpickler does.
 
     Args:
-        call: gets the function, a _Global if the file is honest, and the arguments of each call.
+        call: called with the function (a _Global in a valid file) and the arguments of each call.
 
     Raises:
         UserError: it has opcodes that a list of images does not need, or too many.
@@ -145,10 +144,10 @@ def _run_pickle(stream: io.BytesIO, max_opcodes: int, call: Callable[[Any, Any],
 
 
 class _TensorCalls:
-    """All the calls that a pickle of tensors makes.
+    """The only calls that a pickle of tensors needs.
 
-    Results are kept: the same call again, by reference to the same argument, would otherwise
-    turn a few bytes of the file into any amount of memory or time.
+    Results are cached: otherwise, repeating a call by reference could turn a few bytes of the file
+    into any amount of memory or time.
     """
 
     def __init__(self) -> None:
@@ -228,8 +227,8 @@ def _to_tensors(items: Any, file_size: int) -> tuple[Tensor, Tensor]:
         raise UserError(f"holds no list of (image, label); {FORM}")
     pairs = []
     for index, item in enumerate(items):
-        # An image may be repeated by reference, but in memory all together take no more than
-        # the file.
+        # An image may be repeated by reference, but all of them together may take no more
+        # memory than the file.
         if index * np.prod(IMAGE_SHAPE) > file_size:
             raise UserError(f"lists more images than {file_size} bytes can hold; {FORM}")
         pairs.append(_to_pair(index, item))
