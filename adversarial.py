@@ -82,7 +82,7 @@ class Attacked:
     Attributes:
         images: of the first run, float [N, 3, 32, 32].
         logits: of all runs, [runs, N, C].
-        noise: added to all images alike, [runs, 3, 32, 32]; None if each image has its own.
+        noise: the same for all images, [runs, 3, 32, 32]; None if each image has its own.
     """
 
     epsilon: float
@@ -580,7 +580,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Attack a model on the dev set, and a robust one beside it."""
+    """Attack a model on the dev set, and a robust one for comparison."""
     arguments = make_parser().parse_args()
     device = choose_device(arguments.device)
     data = open_data(arguments.data)

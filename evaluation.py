@@ -118,7 +118,7 @@ def read_source(source: Source) -> bytes:
     """Return the bytes of a checkpoint; nothing is written to disk.
 
     Raises:
-        UserError: there is none, or it is too large.
+        UserError: there is no checkpoint, or it is too large.
     """
     name, path = source.name, source.path
     if not path.is_file():
@@ -230,7 +230,7 @@ def evaluate_one(source: Source, dataset: Dataset, arguments: argparse.Namespace
 
 
 def print_scores(found: Evaluated, report: dict[str, float]) -> None:
-    """Print the scores with their intervals, beside the report's where there are any."""
+    """Print the scores with their intervals, next to the report's if given."""
     rows = []
     for key, (value, *ends) in found.table().items():
         theirs = [f"{report[key]:.2f}" if key in report else ""] if report else []

@@ -50,7 +50,7 @@ REPORT = {
     "cat": "225 (4.0%)",
     "class and position independent, p": "by eye",
     "outliers": "none",
-    "pairs of near-duplicates": "not sought",
+    "pairs of near-duplicates": "not searched",
 }
 
 
@@ -294,11 +294,11 @@ def save_figures(datasets: dict[str, Dataset], pairs: list[Pair], results: cli.R
     results.save_figure("near-duplicates", draw_pairs(pairs, datasets))
 
 
-# ---- what is printed ------------------------------------------------------------------------
+# ---- printed output -------------------------------------------------------------------------
 
 
 def print_splits(splits: dict[str, dict[str, Any]]) -> None:
-    """Print a row per number and a column per split, beside the report's training set."""
+    """Print a row per number and a column per split, next to the report's training set."""
 
     def column(found: dict[str, Any]) -> dict[str, str]:
         fractions, counts = found["class_fractions"], found["class_counts"]

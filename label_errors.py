@@ -133,7 +133,7 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
     return {correction.index: correction for correction in read_corrections(path, dataset)}
 
 
-# ---- what is written and printed --------------------------------------------------------------
+# ---- output -----------------------------------------------------------------------------------
 
 
 def summarize(

@@ -529,7 +529,7 @@ def main() -> None:
         try:
             report.run()
         except KeyboardInterrupt:
-            cli.say("\nthe same command goes on from here", error=True)
+            cli.say("\nrun the same command again to resume", error=True)
             raise
         report.compare_steps()
         page = report.write_page()

@@ -463,7 +463,7 @@ def main() -> None:
     try:
         trained = train_recipes(recipes, results, dataset, dev, device)
     except KeyboardInterrupt:
-        cli.say("\nthe same command with --resume goes on from here", error=True)
+        cli.say("\nrun the same command with --resume to continue", error=True)
         raise
     runs = {recipe.name: [r for r in trained if r.recipe == recipe] for recipe in recipes}
     summaries = {}

@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help="database of the trials; without it, tuning.db beside the results",
+        help="database of the trials; without it, tuning.db in the results folder",
     )
     arguments = parser.parse_args()
     device, url, seed = choose_device(arguments.device), arguments.storage, arguments.seed

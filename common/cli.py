@@ -31,7 +31,7 @@ class UserError(Exception):
     """A user's mistake: shown as one line on stderr, with exit status 2."""
 
 
-# ---- what is printed ------------------------------------------------------------------------
+# ---- printed output -------------------------------------------------------------------------
 
 
 def clean(text: str) -> str:
@@ -216,7 +216,7 @@ def _stop_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-# ---- files that are read --------------------------------------------------------------------
+# ---- input files ----------------------------------------------------------------------------
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -254,7 +254,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: `path` is complete or unchanged.
+    """Let `write` fill a temporary file, then rename it: `path` is complete or unchanged.
 
     Raises:
         UserError: it can't be written.

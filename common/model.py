@@ -400,7 +400,7 @@ def _check_pickle(stream: io.BytesIO, file: str) -> None:
         elif name in ("REDUCE", "NEWOBJ") and isinstance(popped[0], str):
             numpy = popped[0].startswith(("numpy", "_codecs"))
             what = "NumPy values or bytes" if numpy else cli.safe_repr(popped[0])
-            raise UserError(f"{file}: holds {what} beside weights; save the state_dict() alone")
+            raise UserError(f"{file}: holds {what} besides weights; save only the state_dict()")
         elif name in ("REDUCE", "NEWOBJ") or (name == "BUILD" and popped[1] is not pydict):
             raise ValueError("what no checkpoint needs")
         if number > MAX_OPCODES or converted > MAX_CONVERTED:

@@ -63,7 +63,7 @@ UNEVENNESS = 18.0  # gray levels by which the backdrop varies from place to plac
 MAX_CLUTTER_BEHIND = 3
 MAX_CLUTTER_IN_FRONT = 1
 CLUTTER_SIZE_RANGE = (0.06, 0.2)  # fraction of the canvas
-HIDDEN_FRACTION = 0.06  # half of the object stands behind a wall
+HIDDEN_FRACTION = 0.06  # half of the object is behind a wall
 
 # What the camera does to the image. Gray levels run from 0 to 255.
 CONTRAST_RANGE = (0.7, 1.15)
@@ -140,7 +140,7 @@ def draw_labels(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_course_form(folder: Path, splits: dict[str, LabeledImages]) -> None:
-    """Write the course's pickles, and the true labels beside them in true_labels.json.
+    """Write the course's pickles, and the true labels in true_labels.json next to them.
 
     The pickles are written last: if they exist, the data set is complete.
     """
