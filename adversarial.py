@@ -1,4 +1,4 @@
-"""Step 5: noise that a person hardly sees makes a model wrong; another model withstands it.
+"""Step 5: noise that people hardly notice fools a model; a robust model withstands it.
 
     python adversarial.py
     python adversarial.py --epsilons 0.01 0.02 0.05 --checkpoint models/best.ckpt
@@ -52,13 +52,12 @@ from tqdm import tqdm
 
 SHIPPED_ROBUST = PROJECT / "models" / "robust.ckpt"  # trained on photographs
 REPORT_EPSILONS = (0.05, 0.1)
-EPSILONS = (0.02, 0.0314, *REPORT_EPSILONS)  # 0.0314 is 8/255, the field's usual one
+EPSILONS = (0.02, 0.0314, *REPORT_EPSILONS)  # 0.0314 is 8/255, the usual value
 PGD_STEPS = 20
 RUNS = 3  # seeds of noise that is the same for all images
-BUDGET = 1e11  # FLOPs of predicting all images once with which the attacks take a few minutes
+BUDGET = 1e11  # FLOPs of one forward pass of all images; the attacks then take a few minutes
 EXAMPLES = 6  # images in a row of a figure
 SALIENCY_EXAMPLES = 4
-MARKERS = "os^Dv*XP"
 ATTACKS = {
     "random_noise": "random noise",
     "fgsm": "FGSM",
@@ -66,12 +65,12 @@ ATTACKS = {
     "universal": "universal",
     "universal_to_next_label": "universal, to label + 1",
 }
-# The report does not say for which epsilon its FGSM numbers are; they leave out images that were
-# misclassified already. Its universal perturbation had no bound.
-REPORT_ROWS = (
-    ["report", "FGSM", "0.05, 0.1", "0.105", "0.128", "", "", ""],
-    ["report", "universal, to label + 1", "unbounded", "0.638", "0.475", "", "", ""],
-)
+# The report's scores by attack and epsilon. It does not say to which epsilon those of FGSM belong;
+# they leave out images that were misclassified already. Its universal perturbation had no bound.
+REPORT_ATTACKS = {
+    ("FGSM", "0.05, 0.1"): {"accuracy": "0.105", "balanced_accuracy": "0.128"},
+    ("universal, to label + 1", "unbounded"): {"accuracy": "0.638", "balanced_accuracy": "0.475"},
+}
 
 Cell = tuple[Tensor, str] | None  # of a figure: an image or a map, and its caption
 
@@ -83,7 +82,7 @@ class Attacked:
     Attributes:
         images: of the first run, float [N, 3, 32, 32].
         logits: of all runs, [runs, N, C].
-        noise: what was added to all images alike, [runs, 3, 32, 32]; None if each has its own.
+        noise: the same for all images, [runs, 3, 32, 32]; None if each image has its own.
     """
 
     epsilon: float
@@ -129,12 +128,12 @@ def attack_all(
     quick: bool = False,
     to_next_label: bool = True,
 ) -> dict[str, list[Attacked]]:
-    """Attack the dev images in all ways; return what came out, epsilon by epsilon.
+    """Run all attacks on the dev images; return their results, epsilon by epsilon.
 
     Args:
-        training_set: universal perturbations are fitted on it; None leaves them out.
-        epsilons: in rising order.
-        to_next_label: fit the report's kind of universal perturbation, too.
+        training_set: to fit universal perturbations on; None leaves them out.
+        epsilons: in ascending order.
+        to_next_label: also fit the report's kind of universal perturbation.
     """
     found: dict[str, list[Attacked]] = {name: [] for name in ATTACKS}
     clean = after_pgd = to_float(dev.images)
@@ -156,7 +155,7 @@ def attack_all(
 
         images = in_batches(fgsm, model, clean, dev.labels, epsilon=epsilon)
         found["fgsm"].append(Attacked(epsilon, images, predict_logits(model, images)[None]))
-        # What PGD has fooled with a smaller epsilon stays fooled: only the rest is attacked.
+        # Images fooled by PGD with a smaller epsilon stay fooled: only the others are attacked.
         after_pgd = after_pgd.clone()
         after_pgd[left] = in_batches(
             pgd, model, clean[left], dev.labels[left], epsilon=epsilon, steps=pgd_steps
@@ -184,7 +183,7 @@ def count_affordable(models: list[Classifier], dataset: Dataset) -> int:
 
 
 def expected_seconds(model: Classifier, dev: Dataset, epsilons: int) -> float:
-    """Return about how long `attack_all` takes, from the time of one batch."""
+    """Estimate how long `attack_all` takes from the time of one batch."""
     images, labels = to_float(dev.images[:50]), dev.labels[:50]
     for _ in range(2):  # the first time is slower
         start = time.perf_counter()
@@ -201,7 +200,7 @@ def expected_seconds(model: Classifier, dev: Dataset, epsilons: int) -> float:
 
 
 def summarize(target: Target, labels: Tensor, seed: int) -> dict[str, Any]:
-    """Return what the JSON file says of a model: its scores, clean and under each attack."""
+    """Return a model's entry in the JSON file: its scores, clean and under each attack."""
     by_attack = {
         name: {each.key: summarize_attack(labels, target.predicted, each, seed) for each in found}
         for name, found in target.attacks.items()
@@ -215,7 +214,7 @@ def summarize_attack(
 ) -> dict[str, Any]:
     """Return the scores under an attack, its success rate, and the most predicted class.
 
-    Of several runs, all are means, the ends of intervals too; `spread` is their standard
+    Over several runs, all values are means, interval ends included; `spread` is the standard
     deviation.
 
     Args:
@@ -243,7 +242,7 @@ def summarize_run(labels: Tensor, before: Tensor, after: Tensor, seed: int) -> d
 
 
 def compare(robust: Target, plain: Target, labels: Tensor) -> dict[str, Any]:
-    """Return how much better the robust model is under each attack, on the same images."""
+    """Compare the robust model with the plain one under each attack, on the same images."""
     return {
         name: {
             ours.key: metrics.compare(labels, ours.predicted, theirs.predicted, "balanced_accuracy")
@@ -260,13 +259,15 @@ def print_summaries(numbers: dict[str, Any]) -> None:
         rows.append([name, "none", "", *_cells(summary["clean"])])
         for attack, by_epsilon in summary["attacks"].items():
             rows += [[name, ATTACKS[attack], key, *_cells(by_epsilon[key])] for key in by_epsilon]
+    for attack, scores in REPORT_ATTACKS.items():
+        rows.append(["report", *attack, *(scores.get(name, "") for name in SCORE_TITLES), "", ""])
     columns = ["model", "attack", "epsilon", *SCORE_TITLES.values()]
-    cli.print_table([*columns, "success rate", "most predicted"], [*rows, *REPORT_ROWS])
+    cli.print_table([*columns, "success rate", "most predicted"], rows)
     cli.say(
         "\nIn brackets: 95% intervals. Success rate: over the images classified correctly without"
         "\nan attack; all else is over all images (the report's FGSM: over those images only)."
         "\nNoise that is the same for all images: mean of several seeds ± standard deviation. No"
-        "\nuniversal perturbation is added where none was found that harms training images."
+        "\nuniversal perturbation is added where none was found that lowers the accuracy on train."
     )
     for epsilon, comparison in numbers.get("comparison", {}).get("pgd", {}).items():
         cli.say(f"PGD of {epsilon}, balanced accuracy: robust is {comparison['text']}")
@@ -347,7 +348,7 @@ def draw_saliency(dataset: Dataset, targets: dict[str, Target]) -> Figure:
             cells += show_attacked(target, attacked, [index])
             cells.append((after, f"{name}, attacked:\nmaximum {after.max():.2g}"))
         rows[f"image {index}: {CLASS_NAMES[label]}"] = cells
-    title = "how steeply the loss rises with each pixel. Each map has its own scale, up to white"
+    title = "how much the loss changes with each pixel. Each map is scaled to its own maximum"
     title = f"Saliency before and after FGSM of {shown.key}: {title}"
     return draw_rows(title, rows, bool(examples))
 
@@ -359,7 +360,7 @@ def choose_epsilons(found: list[Attacked]) -> list[Attacked]:
 
 
 def choose_examples(labels: Tensor, before: Tensor, after: Tensor) -> list[int]:
-    """Return a few images that an attack fooled, the classes in turn, as in the report."""
+    """Return a few images on which the attack succeeded, alternating classes, as in the report."""
     fooled = (before == labels) & (after != labels)
     members = [
         torch.nonzero(fooled & (labels == label)).flatten().tolist()
@@ -400,7 +401,7 @@ def rescale(noise: Tensor, epsilon: float) -> Tensor:
 
 
 def describe_scale(attacked: Attacked) -> str:
-    """Say by how much `rescale` multiplies the noise."""
+    """Return the factor by which `rescale` multiplies the noise, as text."""
     none = attacked.noise is not None and not attacked.noise[0].any()
     return "none found" if none else f"times {1 / (2 * attacked.epsilon):.3g}"
 
@@ -432,7 +433,9 @@ def draw_rows(title: str, rows: dict[str, list[Cell]], fooled: bool = True) -> F
 
 def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
     """Return a figure of all models, a row each, and scores, a column each, by epsilon."""
-    figure, axes = plots.new_figure(len(summaries), 3, width=12, height=3.4 * len(summaries) + 0.8)
+    figure, axes = plots.new_figure(
+        len(summaries), len(SCORE_TITLES), width=12, height=3.4 * len(summaries) + 0.8
+    )
     panels = [(name, score) for name in summaries for score in SCORE_TITLES]
     for ax, (name, score) in zip(axes, panels, strict=True):
         clean = summaries[name]["clean"]
@@ -445,7 +448,7 @@ def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
                 epsilons,
                 [point[score] for point in points],
                 color=plots.PALETTE[place % len(plots.PALETTE)],
-                marker=MARKERS[place % len(MARKERS)],
+                marker=plots.MARKERS[place % len(plots.MARKERS)],
                 ls=plots.LINE_STYLES[place % len(plots.LINE_STYLES)],
                 ms=4,
                 label=ATTACKS[attack],
@@ -498,13 +501,13 @@ def find_robust(
 
 
 def is_trained_on(path: Path, dataset: Dataset) -> bool:
-    """Tell whether a checkpoint says that it was trained on this very data set."""
+    """Return whether a checkpoint was trained on this data set, by its fingerprint."""
     trained_on = load_checkpoint(path)[1].get("trained_on")
     return isinstance(trained_on, dict) and trained_on.get("fingerprint") == dataset.fingerprint
 
 
 def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifier, dict[str, Any]]:
-    """Return a checkpoint's model and metadata; the pixel range is that of bare ones."""
+    """Return a checkpoint's model and metadata; the pixel range applies to bare ones only."""
     bare = is_bare(path)
     model, metadata = load_checkpoint(path, pixel_range if bare else None)
     note = "; pixels taken to be in [-1, 1]; if it was trained on [0, 1]: --pixel-range 0,1"
@@ -515,7 +518,7 @@ def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifie
 def draw_all(
     results: Results, dev: Dataset, targets: dict[str, Target], summaries: dict[str, Any]
 ) -> None:
-    """Draw the report's figures 4 and 5, of the plain model, and others."""
+    """Draw the report's figures 4 and 5 for the plain model, and others."""
     plain = targets["plain"]
     results.save_figure("4-fgsm", draw_fgsm(dev, plain))
     if "universal" in plain.attacks:
@@ -538,7 +541,7 @@ def save_images(results: Results, dev: Dataset, targets: dict[str, Target]) -> N
 
 
 def parse_epsilon(text: str) -> float:
-    """Parse an epsilon: above 0, and at most 1, which is full brightness."""
+    """Parse an epsilon: above 0 and at most 1, full brightness."""
     epsilon = cli.positive_float(text)
     if epsilon > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is above 1, which is full brightness")
@@ -568,7 +571,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--images",
         type=cli.positive_int,
         metavar="N",
-        help="how many random dev images to attack; without it, as many as take a few minutes",
+        help="number of random dev images to attack; without it, as many as a few minutes allow",
     )
     parser.add_argument(
         "--save-images", action="store_true", help="write all attacked images, 10 MB an attack"
@@ -577,7 +580,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Attack a model on the dev set, and a robust one beside it."""
+    """Attack a model on the dev set, and a robust one for comparison."""
     arguments = make_parser().parse_args()
     device = choose_device(arguments.device)
     data = open_data(arguments.data)

@@ -1,4 +1,4 @@
-"""Step 2: how good is a model? Accuracy alone can hide that it knows one class only.
+"""Step 2: how good is a model? Accuracy alone can hide that it recognizes only one class.
 
     python evaluation.py
     python evaluation.py --checkpoint models/best.ckpt --split train
@@ -10,7 +10,7 @@ balanced accuracy (the report's "average accuracy"), is 33%, and their geometric
 is 0, because two of the three recalls are 0.
 
 Several checkpoints are ranked on the same images. They can be files, folders, and the zip files
-of hand-ins, of which nothing but the checkpoint is read.
+of hand-ins; nothing but the checkpoint is read from those.
 """
 
 import argparse
@@ -59,11 +59,11 @@ ERRORS_SHOWN = 24
 MODELS_SHOWN = 60  # in the figure of a ranking
 IMAGES_SHOWN = 12  # in the figure of --image
 
-# How much is read of what other people hand in.
-LARGEST_CHECKPOINT = 2**26  # bytes; the largest in models/ has 2.4 MB
-LARGEST_ZIP = 2**28  # bytes
-MOST_PER_ZIP = 10  # checkpoints
-LONGEST_NAME = 60
+# Limits for files that other people hand in.
+MAX_CHECKPOINT_SIZE = 2**26  # bytes; the largest in models/ has 2.4 MB
+MAX_ZIP_SIZE = 2**28  # bytes
+MAX_PER_ZIP = 10  # checkpoints
+MAX_NAME_LENGTH = 60
 
 
 # ---- checkpoints: in files, folders and zip files -----------------------------------------------
@@ -97,13 +97,13 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
 
 def _one_line(name: str) -> str:
     name = " ".join(cli.clean(name).split())
-    return name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}"
+    return name if len(name) <= MAX_NAME_LENGTH else f"...{name[3 - MAX_NAME_LENGTH :]}"
 
 
 def _checkpoints_in_zip(path: Path) -> list[str]:
-    """Return the one that report.py packed to hand in, else all there are; [""] for none."""
+    """Return the checkpoint that report.py packed, or else all of them; [""] for none."""
     try:
-        if path.stat().st_size > LARGEST_ZIP:
+        if path.stat().st_size > MAX_ZIP_SIZE:
             return [""]
         with zipfile.ZipFile(path) as archive:
             names = dict.fromkeys(archive.namelist())
@@ -111,31 +111,31 @@ def _checkpoints_in_zip(path: Path) -> list[str]:
         return [""]
     found = [name for name in names if re.search(r"(^|/)[^/.][^/]*\.ckpt$", name)]
     found = [n for n in found if f"/{n}".endswith("/report/model.ckpt")] or found
-    return found if 1 <= len(found) <= MOST_PER_ZIP else [""]
+    return found if 1 <= len(found) <= MAX_PER_ZIP else [""]
 
 
 def read_source(source: Source) -> bytes:
     """Return the bytes of a checkpoint; nothing is written to disk.
 
     Raises:
-        UserError: there is none, or it is too large.
+        UserError: there is no checkpoint, or it is too large.
     """
     name, path = source.name, source.path
     if not path.is_file():
         kind = "a folder without *.ckpt and *.zip files" if path.is_dir() else "no such file"
         raise UserError(f"{name}: {kind}")
     if path.suffix.lower() == ".zip" and not source.member:
-        raise UserError(f"{name}: not a zip file with 1 to {MOST_PER_ZIP} *.ckpt files in it")
+        raise UserError(f"{name}: not a zip file with 1 to {MAX_PER_ZIP} *.ckpt files in it")
     try:
         if source.member:
             content = _read_member(path, source.member)
         else:
             with path.open("rb") as file:
-                content = file.read(LARGEST_CHECKPOINT + 1)
+                content = file.read(MAX_CHECKPOINT_SIZE + 1)
     except Exception as error:  # not permitted, cut short, encrypted, made to harm, ...
         raise UserError(f"{name}: not readable") from error
-    if len(content) > LARGEST_CHECKPOINT:
-        raise UserError(f"{name}: more than {LARGEST_CHECKPOINT // 2**20} MB, too large")
+    if len(content) > MAX_CHECKPOINT_SIZE:
+        raise UserError(f"{name}: more than {MAX_CHECKPOINT_SIZE // 2**20} MB, too large")
     return content
 
 
@@ -144,7 +144,7 @@ def _read_member(path: Path, member: str) -> bytes:
         if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("a compression whose output can't be bounded while reading")
         with archive.open(member) as file:
-            return file.read(LARGEST_CHECKPOINT + 1)
+            return file.read(MAX_CHECKPOINT_SIZE + 1)
 
 
 # ---- one model --------------------------------------------------------------------------------
@@ -181,14 +181,14 @@ def evaluate(
 ) -> Evaluated:
     """Return what one checkpoint predicts, and how good that is.
 
-    --pixel-range is for bare checkpoints, which do not say what they were trained on. Without it
-    they are fed the course's range, [-1, 1], and it is noted how they do with [0, 1].
+    --pixel-range is for bare checkpoints, which do not contain their pixel range. Without it, they
+    get the course's range, [-1, 1], and are also scored with [0, 1].
 
     Args:
-        alone: refuse --pixel-range for a checkpoint that has its own; else it is left unused.
+        alone: refuse --pixel-range for a checkpoint that has its own, instead of ignoring it.
 
     Raises:
-        UserError: it can't be loaded, or its outputs are no numbers.
+        UserError: it can't be loaded, or its logits are not finite.
     """
     file = io.BytesIO(read_source(source))
     bare = is_bare(file, source.name)
@@ -230,15 +230,15 @@ def evaluate_one(source: Source, dataset: Dataset, arguments: argparse.Namespace
 
 
 def print_scores(found: Evaluated, report: dict[str, float]) -> None:
-    """Print the scores with their intervals, beside the report's where there are any."""
+    """Print the scores with their intervals, next to the report's if given."""
     rows = []
     for key, (value, *ends) in found.table().items():
         theirs = [f"{report[key]:.2f}" if key in report else ""] if report else []
-        rows.append([TITLES[key], *theirs, f"{value:.3f}", _span(ends)])
+        rows.append([TITLES[key], *theirs, f"{value:.3f}", _format_interval(ends)])
     cli.print_table(["", *(["report"] if report else []), "ours", "95% interval"], rows)
 
 
-def _span(ends: Sequence[float], sign: str = "") -> str:
+def _format_interval(ends: Sequence[float], sign: str = "") -> str:
     return f"[{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
 
 
@@ -257,7 +257,7 @@ def print_remarks(found: Evaluated, dataset: Dataset) -> None:
 
 
 def describe_pixel_range(found: Evaluated) -> str:
-    """Say which pixel range was taken for a bare checkpoint, and which suits it better."""
+    """Say which pixel range was used for a bare checkpoint, and which one is better."""
     own, other = found.scores, found.other_range
     low, high = other["comparison"]["interval"]
     if low > 0:
@@ -289,7 +289,7 @@ def draw_confusion(found: Evaluated) -> Figure:
 
 
 def draw_errors(dataset: Dataset, probabilities: Tensor) -> Figure:
-    """Return a grid of the images that the model gets wrong, the most confident errors first."""
+    """Return a grid of misclassified images, the most confident errors first."""
     confidence, predicted = probabilities.max(dim=1)
     wrong = torch.nonzero(predicted != dataset.labels).flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:ERRORS_SHOWN]
@@ -304,7 +304,7 @@ def draw_errors(dataset: Dataset, probabilities: Tensor) -> Figure:
 
 
 def draw_calibration(dataset: Dataset, probabilities: Tensor) -> Figure:
-    """Return a reliability diagram: is the model right as often as its confidence says?"""
+    """Return a reliability diagram: accuracy by confidence."""
     table = metrics.reliability(probabilities, dataset.labels)
     x, y, counts = (table[key][table["count"] > 0] for key in ("confidence", "accuracy", "count"))
     ends = [metrics.jeffreys_interval(round(a * n), n) for a, n in zip(y, counts, strict=True)]
@@ -330,7 +330,7 @@ def draw_calibration(dataset: Dataset, probabilities: Tensor) -> Figure:
 
 
 def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namespace) -> None:
-    """Rank checkpoints on the same images; one that can't be evaluated costs a line.
+    """Rank checkpoints on the same images; those that can't be evaluated are listed below.
 
     Raises:
         UserError: none can be evaluated.
@@ -357,7 +357,7 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
 
 
 def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evaluated]:
-    """Return the models from best to worst, ranked and compared to the best; ties share a rank."""
+    """Return the models from best to worst, each compared with the best; ties share a rank."""
     models = sorted(models, key=lambda model: -_rounded(model, rank_by))
     values = [_rounded(model, rank_by) for model in models]
     for model, value in zip(models, values, strict=True):
@@ -368,7 +368,7 @@ def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evalua
 
 
 def _rounded(model: Evaluated, score: str) -> float:
-    return round(model.scores[score], 12)  # the same recalls in another order are no difference
+    return round(model.scores[score], 12)  # rounding errors are no difference
 
 
 def _is_tied(model: Evaluated) -> bool:
@@ -383,7 +383,7 @@ def save_ranking(
     dataset: Dataset,
     rank_by: str,
 ) -> None:
-    """Write ranking.json, ranking.csv for the marks, the figure, and each model's predictions."""
+    """Write ranking.json, ranking.csv for grading, the figure, and each model's predictions."""
     entries = [
         {"name": m.name, "rank": m.rank, **m.scores, "to_best": m.to_best, "checkpoint": m.metadata}
         for m in models
@@ -431,11 +431,11 @@ def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_b
     for model in models:
         table, best = model.table(), model.to_best
         value, *ends = table[rank_by]
-        row = [model.name, f"{model.rank}", f"{value:.3f} {_span(ends)}"]
-        row += [f"{best['difference']:+.3f} {_span(best['interval'], '+')}"]
+        row = [model.name, f"{model.rank}", f"{value:.3f} {_format_interval(ends)}"]
+        row += [f"{best['difference']:+.3f} {_format_interval(best['interval'], '+')}"]
         rows.append(row + [f"{table[key][0]:.3f}" for key in others])
     rows[0][3] = ""
-    headers = ["model", "rank", SCORE_TITLES[rank_by], "difference to the best"]
+    headers = ["model", "rank", SCORE_TITLES[rank_by], "difference from the best"]
     cli.print_table(headers + list(others.values()), rows)
     for name, reason in failed:
         cli.say(f"{name.ljust(max(len(row[0]) for row in rows))}  not evaluated: {reason}")
@@ -443,7 +443,7 @@ def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_b
 
 
 def describe_ties(models: list[Evaluated]) -> list[str]:
-    """Say which models may be as good as the best, and which are the same."""
+    """Say which models may be as good as the best, and which predict the same."""
     best, *rest = models
     tied = ", ".join(model.name for model in rest if _is_tied(model)) or "none"
     texts = [
@@ -495,11 +495,11 @@ def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
     tables = [model.table() for model in models]
     y = np.arange(len(models))
     for ax, keys, colors in zip(
-        axes, (SCORE_TITLES, recalls), (plots.PALETTE[3:6], plots.CLASS_COLORS), strict=True
+        axes, (SCORE_TITLES, recalls), (plots.PALETTE[3:], plots.CLASS_COLORS), strict=True
     ):
         for number, key in enumerate(keys):
             x, low, high = np.array([table[key] for table in tables]).T
-            settings = {"fmt": plots.CLASS_MARKERS[number], "color": colors[number]}
+            settings = {"fmt": plots.MARKERS[number], "color": colors[number]}
             settings |= {"label": TITLES[key], "markersize": 5, "capsize": 2}
             ax.errorbar(x, y + 0.2 * (number - 1), xerr=(x - low, high - x), **settings)
         ax.set(xlim=(-0.02, 1.02), ylim=(len(models) - 0.5, -0.5), xlabel="with 95% interval")
@@ -514,11 +514,11 @@ def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
     return figure
 
 
-# ---- images of one's own ------------------------------------------------------------------------
+# ---- your own images -----------------------------------------------------------------------------
 
 
 def classify_files(arguments: argparse.Namespace) -> None:
-    """Classify image files of any size; show what the model saw, and which pixels matter to it.
+    """Classify image files of any size; show the model's input and a saliency map.
 
     Raises:
         UserError: no image can be read.
@@ -550,7 +550,7 @@ def classify_files(arguments: argparse.Namespace) -> None:
         for each in found
     ]
     cli.print_table(["file", "predicted", *CLASS_NAMES], rows)
-    cli.say("\nIt knows no other classes: a dog, too, is a car, a truck or a cat to it.")
+    cli.say("\nIt knows no other classes: even a dog is classified as a car, a truck or a cat.")
     results.print_written()
 
 
@@ -571,7 +571,7 @@ def read_images(paths: Sequence[Path]) -> tuple[list[str], Tensor]:
 def draw_images(found: list[dict[str, Any]], images: Tensor, gradient: Tensor) -> Figure:
     """Return a row for each file: the image at 32x32, the saliency map, the probabilities.
 
-    The saliency map is the size of the gradient of the loss at each pixel (Simonyan et al. 2014).
+    The saliency map is the absolute gradient of the loss at each pixel (Simonyan et al. 2014).
     """
     figure, axes = plots.new_figure(len(found), 3, width=7, height=2 * len(found) + 0.8)
     saliency = gradient.abs().amax(dim=1)
@@ -608,7 +608,7 @@ def main() -> None:
         help="classify image files of any size instead; without --checkpoint, by models/best.ckpt",
     )
     arguments = parser.parse_args()
-    choose_device(arguments.device)  # a wrong name is found out before any work
+    choose_device(arguments.device)  # so that a wrong name is reported before any work
     if arguments.image:
         classify_files(arguments)
         return

@@ -34,14 +34,14 @@ from scipy.stats import chi2_contingency
 from torch import Tensor
 
 # The report's limits for outliers, for pixels in [0, 1].
-LOWEST_MEAN, HIGHEST_MEAN, LOWEST_STD = 0.1, 0.9, 0.1
-MOST_BLOCKS = 20  # consecutive parts of the file, compared with each other
-SMALLEST_EXPECTED = 5  # images of a class per block: the chi-squared test's rule of thumb
+MIN_MEAN, MAX_MEAN, MIN_STD = 0.1, 0.9, 0.1
+MAX_BLOCKS = 20  # consecutive parts of the file, compared by the test
+MIN_EXPECTED = 5  # images of a class per block: the chi-squared test's rule of thumb
 BLOCK = 250  # images per point of the curve of class fractions
-MOST_SHOWN = 32  # images in a figure
-MOST_LISTED = 10  # label conflicts in the terminal
+MAX_SHOWN = 32  # images in a figure
+MAX_LISTED = 10  # label conflicts in the terminal
 
-# The rows of the table, and what the report says of its training set.
+# What the report says of its training set.
 REPORT = {
     "images": "5626",
     "size": "32x32x3",
@@ -50,7 +50,7 @@ REPORT = {
     "cat": "225 (4.0%)",
     "class and position independent, p": "by eye",
     "outliers": "none",
-    "pairs of near-duplicates": "not sought",
+    "pairs of near-duplicates": "not searched",
 }
 
 
@@ -64,25 +64,25 @@ def pixel_statistics(dataset: Dataset) -> tuple[Tensor, Tensor]:
 def find_outliers(dataset: Dataset) -> Tensor:
     """Return the indices of images that are very dark, very bright, or nearly of one color."""
     mean, std = pixel_statistics(dataset)
-    outlying = (mean < LOWEST_MEAN) | (mean > HIGHEST_MEAN) | (std < LOWEST_STD)
+    outlying = (mean < MIN_MEAN) | (mean > MAX_MEAN) | (std < MIN_STD)
     return torch.nonzero(outlying).flatten()
 
 
 def independence_p_value(labels: np.ndarray) -> float | None:
     """Return the p-value of "class and position in the file are independent" (chi-squared).
 
-    The file is cut into as many blocks as leave SMALLEST_EXPECTED images of the rarest class in
-    each, MOST_BLOCKS at most. None if that class is too small for two blocks.
+    The file is cut into as many blocks as leave MIN_EXPECTED images of the rarest class in
+    each, MAX_BLOCKS at most. None if that class is too small for two blocks.
     """
     counts = np.bincount(labels, minlength=len(CLASS_NAMES))
-    blocks = min(MOST_BLOCKS, int(counts.min()) // SMALLEST_EXPECTED)
+    blocks = min(MAX_BLOCKS, int(counts.min()) // MIN_EXPECTED)
     if blocks < 2:
         return None
     return float(chi2_contingency(count_in_blocks(labels, blocks)).pvalue)
 
 
 def count_in_blocks(labels: np.ndarray, blocks: int) -> np.ndarray:
-    """Return the class counts of so many consecutive blocks of nearly equal size."""
+    """Return the class counts in this number of consecutive blocks of nearly equal size."""
     parts = np.array_split(labels, blocks)
     return np.array([np.bincount(part, minlength=len(CLASS_NAMES)) for part in parts])
 
@@ -96,7 +96,7 @@ class Pair(NamedTuple):
     correlation: float
 
     def is_conflict(self) -> bool:
-        """Tell whether the labels differ: then one of them is probably wrong."""
+        """Return whether the labels differ: then one of them is probably wrong."""
         return self.labels[0] != self.labels[1]
 
     def captions(self) -> list[str]:
@@ -174,7 +174,7 @@ def draw_label_counts(datasets: list[Dataset]) -> Figure:
 
 
 def draw_bar(ax: Axes, row: int, dataset: Dataset) -> None:
-    """Draw a stacked bar; what does not fit into a part is written above or below it."""
+    """Draw a stacked bar; text that does not fit into a segment is above or below it."""
     left = 0.0
     for label, count in enumerate(dataset.class_counts):
         fraction = count / len(dataset)
@@ -201,7 +201,8 @@ def draw_label_order(datasets: list[Dataset]) -> Figure:
 def draw_positions(ax: Axes, dataset: Dataset) -> Axes:
     """Draw a line per image in the row of its class, paler where there are many."""
     labels = dataset.labels.numpy()
-    for label, color in enumerate(plots.CLASS_COLORS):
+    for label in range(len(CLASS_NAMES)):
+        color = plots.CLASS_COLORS[label]
         places = np.flatnonzero(labels == label)
         alpha = min(1.0, max(0.1, 300 / len(places)))
         ax.eventplot(
@@ -220,7 +221,8 @@ def draw_fractions(ax: Axes, dataset: Dataset) -> Axes:
     counts = count_in_blocks(labels, max(1, round(len(labels) / BLOCK)))
     fractions = counts / counts.sum(axis=1, keepdims=True)
     edges = np.append(0, counts.sum(axis=1).cumsum())
-    for label, color in enumerate(plots.CLASS_COLORS):
+    for label in range(len(CLASS_NAMES)):
+        color = plots.CLASS_COLORS[label]
         ax.stairs(fractions[:, label], edges, baseline=None, color=color, lw=1.8)
         ax.axhline((labels == label).mean(), color=color, ls="--", lw=0.8)
     ax.set_yscale("log")
@@ -239,13 +241,13 @@ def draw_pixel_statistics(datasets: list[Dataset]) -> Figure:
         mean, std = pixel_statistics(dataset)
         for label, name in enumerate(CLASS_NAMES):
             own = dataset.labels == label
-            marker, color = plots.CLASS_MARKERS[label], plots.CLASS_COLORS[label]
+            marker, color = plots.MARKERS[label], plots.CLASS_COLORS[label]
             order = 2 + label / 10 if own.sum() < len(dataset) / 2 else 1
             style = {"marker": marker, "color": color, "alpha": 0.5, "lw": 0, "zorder": order}
             ax.scatter(mean[own], std[own], s=10, label=name, **style)
-        for limit in (LOWEST_MEAN, HIGHEST_MEAN):
+        for limit in (MIN_MEAN, MAX_MEAN):
             ax.axvline(limit, color="0.4", ls="--", lw=0.8)
-        ax.axhline(LOWEST_STD, color="0.4", ls="--", lw=0.8)
+        ax.axhline(MIN_STD, color="0.4", ls="--", lw=0.8)
         ax.set(xlim=(0, 1), ylim=(0, 0.5), xlabel="mean of the pixels", ylabel="standard deviation")
         ax.set_title(f"{dataset.split}: outliers lie beyond the dashed lines")
         ax.legend(loc="upper left")
@@ -258,7 +260,7 @@ def draw_outliers(dataset: Dataset) -> Figure | None:
     if len(outliers) == 0:
         return None
     mean, std = pixel_statistics(dataset)
-    shown = outliers[(mean[outliers] - 0.5).abs().argsort(descending=True)][:MOST_SHOWN]
+    shown = outliers[(mean[outliers] - 0.5).abs().argsort(descending=True)][:MAX_SHOWN]
     captions = [
         f"{i}, {CLASS_NAMES[dataset.labels[i]]}\nmean {mean[i]:.2f}, std {std[i]:.2f}"
         for i in shown.tolist()
@@ -272,7 +274,7 @@ def draw_pairs(pairs: list[Pair], datasets: dict[str, Dataset]) -> Figure | None
     if not pairs:
         return None
     images, captions = [], []
-    for pair in sorted(pairs, key=lambda pair: not pair.is_conflict())[: MOST_SHOWN // 2]:
+    for pair in sorted(pairs, key=lambda pair: not pair.is_conflict())[: MAX_SHOWN // 2]:
         parts = zip(pair.splits, pair.indices, strict=True)
         images += [datasets[split].images[index] for split, index in parts]
         captions += pair.captions()
@@ -292,30 +294,31 @@ def save_figures(datasets: dict[str, Dataset], pairs: list[Pair], results: cli.R
     results.save_figure("near-duplicates", draw_pairs(pairs, datasets))
 
 
-# ---- what is printed ------------------------------------------------------------------------
+# ---- printed output -------------------------------------------------------------------------
 
 
 def print_splits(splits: dict[str, dict[str, Any]]) -> None:
-    """Print a row per number and a column per split, beside the report's training set."""
+    """Print a row per number and a column per split, next to the report's training set."""
 
-    def column(found: dict[str, Any]) -> list[str]:
-        fractions = found["class_fractions"]
-        return [
-            str(found["images"]),
-            "{1}x{2}x{0}".format(*found["shape"]),
-            *(f"{n} ({fractions[name]:.1%})" for name, n in found["class_counts"].items()),
-            format_p_value(found["independence_p_value"]),
-            str(len(found["outliers"])),
-            str(len(found["near_duplicates"])),
-        ]
+    def column(found: dict[str, Any]) -> dict[str, str]:
+        fractions, counts = found["class_fractions"], found["class_counts"]
+        return {
+            "images": str(found["images"]),
+            "size": "{1}x{2}x{0}".format(*found["shape"]),
+            **{name: f"{count} ({fractions[name]:.1%})" for name, count in counts.items()},
+            "class and position independent, p": format_p_value(found["independence_p_value"]),
+            "outliers": str(len(found["outliers"])),
+            "pairs of near-duplicates": str(len(found["near_duplicates"])),
+        }
 
-    columns = [REPORT.keys(), REPORT.values(), *map(column, splits.values())]
-    cli.print_table(["", "report, train", *splits], list(zip(*columns, strict=True)))
+    columns = [column(found) for found in splits.values()]
+    rows = [[key, REPORT.get(key, ""), *(each[key] for each in columns)] for key in columns[0]]
+    cli.print_table(["", "report, train", *splits], rows)
     cli.say()
 
 
 def format_p_value(p_value: float | None) -> str:
-    """Return a p-value, not as 0.00 where it is only small."""
+    """Format a p-value; small ones in scientific notation."""
     if p_value is None:
         return "too few"
     return f"{p_value:.2f}" if p_value >= 0.01 else f"{p_value:.0e}"
@@ -334,7 +337,7 @@ def print_verdicts(numbers: dict[str, Any]) -> None:
 
 
 def verdict(p_value: float | None, holds: str, fails: str) -> str:
-    """Return what a p-value means."""
+    """Say what a p-value means."""
     if p_value is None:
         return f"{holds}? There are too few images to test that."
     text = f"{holds}, as far as a test can tell" if p_value >= 0.05 else fails
@@ -342,18 +345,18 @@ def verdict(p_value: float | None, holds: str, fails: str) -> str:
 
 
 def print_pairs(pairs: list[Pair]) -> None:
-    """Say how many images of dev are known from train, and which labels contradict each other."""
+    """Print how many dev images are in train too, and which labels contradict each other."""
     known = len({pair.indices[0] for pair in pairs if pair.splits == ("dev", "train")})
     if known:
-        cli.say(f"Images of dev that are, nearly, in train too: {known}. They flatter a score.")
+        cli.say(f"Dev images with a near-duplicate in train: {known}. They inflate the scores.")
     conflicts = [pair for pair in pairs if pair.is_conflict()]
     if conflicts:
         text = "Near-duplicates with different labels, one of them likely wrong"
         cli.say(f"{text}: {len(conflicts)}.")
-    for pair in conflicts[:MOST_LISTED]:
+    for pair in conflicts[:MAX_LISTED]:
         first, second = (caption.replace("\n", " ") for caption in pair.captions())
         cli.say(f"  {first} - {second} (correlation {pair.correlation:.3f})")
-    if len(conflicts) > MOST_LISTED:
+    if len(conflicts) > MAX_LISTED:
         cli.say("  ... (all are in inspectData.json)")
 
 
@@ -361,7 +364,7 @@ def print_pairs(pairs: list[Pair]) -> None:
 
 
 def export(folder: Path, datasets: list[Dataset]) -> None:
-    """Write image folders, whole or not at all."""
+    """Write image folders; `folder` appears only once it is complete."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     try:
@@ -375,12 +378,12 @@ def export(folder: Path, datasets: list[Dataset]) -> None:
 
 
 def main() -> None:
-    """Inspect whatever splits there are."""
+    """Inspect the splits that the data set has."""
     parser = cli.make_parser(__doc__)
     text = "write the set as FOLDER/<split>/<class>/*.png"
     parser.add_argument("--export", type=Path, metavar="FOLDER", help=text)
     arguments = parser.parse_args()
-    choose_device(arguments.device)  # not used here, but a wrong name is a mistake all the same
+    choose_device(arguments.device)  # not used here, but a wrong name is still reported
     if arguments.export and arguments.export.exists():
         raise UserError(f"--export {arguments.export}: exists already; name a new folder")
     if arguments.export and arguments.quick:

@@ -4,10 +4,10 @@
     python label_errors.py --split dev
     python training.py --recipe final --labels results/<data>/label_corrections.csv
 
-Models predict images that they were not trained on. Where they contradict a label, it is flagged.
-Corrections of which they are sure enough are accepted; the others are for you to decide: open
-label_review.html in a browser, look through the flagged images, and save your decisions.
-Decisions in label_corrections.csv are kept when this script runs again.
+Each image is classified by models that were not trained on it. A label that they contradict is
+flagged. Corrections that are probable enough are accepted; the others are up to you: open
+label_review.html in a browser, look through the flagged images, and save your decisions. They are
+kept in label_corrections.csv when this script runs again.
 """
 
 import base64
@@ -45,20 +45,20 @@ RECIPE = replace(
     TUNED,
     name="label-errors",
     network="SmallVGG",  # its errors differ from CourseNet's
-    # It would learn wrong labels by heart: what small models flag is left out of its training set.
-    label_filter=replace(BEST.label_filter, epochs=24),  # time for two networks in two minutes
+    # It would memorize wrong labels: those that small models flag are left out of its training set.
+    label_filter=replace(BEST.label_filter, epochs=24),  # so that two networks take two minutes
     epochs=5,  # likewise; and it memorizes less
     batch_size=128,
     logit_adjustment=1.0,  # no class is favored before the image is seen
-    color_jitter=0.2,  # so short a training has no time for images that are altered much
+    color_jitter=0.2,  # too little training for strong augmentation
     cutout=8,
     mixup=0.2,  # wrong labels are memorized less
 )
 DEV_MODELS = 2  # of each network
-# A label is flagged, for a person to look at, if it is wrong with a higher probability than this.
-FLAG = 0.2
+# A label is flagged for review if it is wrong with a higher probability than this.
+FLAG_THRESHOLD = 0.2
 # The suggested label is accepted if it is more probable than all others together.
-ACCEPT = 0.5
+ACCEPT_THRESHOLD = 0.5
 SHEET_IMAGES = 120  # of one class, at most
 
 
@@ -83,30 +83,30 @@ def predict_dev(
 
 
 def is_chance_level(logits: Tensor, labels: Tensor) -> bool:
-    """Tell whether the models may be no better than guessing a class."""
+    """Return whether the models may be no better than guessing a class."""
     interval = metrics.evaluate(labels, logits.argmax(dim=1))["interval"]["balanced_accuracy"]
     return interval[0] <= 1 / len(CLASS_NAMES)
 
 
 def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction]:
-    """Return the flagged labels, the most probably wrong first.
+    """Return a correction for each flagged label, the most probably wrong first.
 
-    Of near-duplicates with different labels, one label is wrong: the less probable one is flagged
-    in any case. No class loses its last image to accepted corrections.
+    Of near-duplicates with different labels, one label must be wrong: the less probable one is
+    always flagged. No class loses its last image to accepted corrections.
     """
     labels, images = dataset.labels.numpy(), np.arange(len(dataset))
-    doubt = 1 - posterior[images, labels]
+    wrong_probability = 1 - posterior[images, labels]
     others = posterior.copy()
     others[images, labels] = 0
     suggested, confidence = others.argmax(axis=1), others.max(axis=1)
-    accepted = ~metrics.keep_classes(confidence <= ACCEPT, labels)
-    flagged = doubt > FLAG
+    accepted = ~metrics.keep_classes(confidence <= ACCEPT_THRESHOLD, labels)
+    flagged = wrong_probability > FLAG_THRESHOLD
     for i, j, _ in near_duplicates(dataset.images):
         if labels[i] != labels[j]:
-            flagged[i if doubt[i] > doubt[j] else j] = True
+            flagged[i if wrong_probability[i] > wrong_probability[j] else j] = True
     columns = (images, labels, suggested, confidence, accepted)
     rows = [column[flagged] for column in columns]
-    order = np.argsort(-doubt[flagged], kind="stable")
+    order = np.argsort(-wrong_probability[flagged], kind="stable")
     return [Correction(*(row[i].item() for row in rows)) for i in order]
 
 
@@ -116,7 +116,7 @@ def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction
 def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
     """Return the corrections of an earlier run, which a person may have reviewed, by their index.
 
-    A file for other data is moved out of the way.
+    A file for other data is renamed.
 
     Raises:
         UserError: the file is broken.
@@ -133,7 +133,7 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
     return {correction.index: correction for correction in read_corrections(path, dataset)}
 
 
-# ---- what is written and printed --------------------------------------------------------------
+# ---- output -----------------------------------------------------------------------------------
 
 
 def summarize(
@@ -142,11 +142,11 @@ def summarize(
     """Count the labels of each given class, and of all, that are flagged, accepted and wrong.
 
     Where the true labels are known, the flagged and the accepted ones are compared with them:
-    recall is the fraction of the wrong labels that is among them, precision the fraction of them
-    that is wrong.
+    recall is the fraction of the wrong labels that are among them, precision the fraction of them
+    that are wrong.
     """
     labels = dataset.labels.numpy()
-    doubt = 1 - posterior[np.arange(len(labels)), labels]
+    wrong_probability = 1 - posterior[np.arange(len(labels)), labels]
     wrong = None if dataset.true_labels is None else labels != dataset.true_labels.numpy()
     chosen = {"flagged": np.zeros(len(labels), bool), "accepted": np.zeros(len(labels), bool)}
     for each in found:
@@ -154,7 +154,7 @@ def summarize(
     summary = {}
     for label, name in enumerate((*CLASS_NAMES, "all")):
         own = (labels == label) | (name == "all")
-        row = {"labels": own.sum(), "estimated_wrong": doubt[own].sum()}
+        row = {"labels": own.sum(), "estimated_wrong": wrong_probability[own].sum()}
         if wrong is not None:
             row["wrong"] = (own & wrong).sum()
         for kind, mask in chosen.items():
@@ -184,7 +184,7 @@ def print_summary(summary: dict[str, dict[str, Any]]) -> None:
 
 
 def draw_sheet(dataset: Dataset, corrections: Sequence[Correction], label: int) -> Figure:
-    """Return the flagged images of a given class, each under what the models predict."""
+    """Return the flagged images of a given class, each with the models' prediction."""
     flagged = [each for each in corrections if each.given == label]
     shown = flagged[:SHEET_IMAGES]
     captions = [
@@ -243,7 +243,10 @@ def main() -> None:
     """Find the labels that are probably wrong."""
     parser = cli.make_parser(__doc__)
     parser.add_argument(
-        "--split", choices=SPLITS, default="train", help="whose labels to check, by models of train"
+        "--split",
+        choices=SPLITS,
+        default="train",
+        help="split whose labels to check; the models are trained on train",
     )
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
@@ -253,7 +256,7 @@ def main() -> None:
     results = Results(arguments, describe(dataset))
     suffix = "" if dataset is train else "-dev"
     earlier = results.folder / f"label_corrections{suffix}.csv"
-    read_decisions(earlier, dataset)  # a broken file is reported before the long work
+    read_decisions(earlier, dataset)  # reports a broken file before the long work
 
     recipe = with_epochs(RECIPE, None, arguments.quick)
     if dataset is train:

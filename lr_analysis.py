@@ -4,9 +4,9 @@
     python lr_analysis.py --rates 0.01 0.001 0.0001 --seed 0,1,2
 
 First the report's experiment: the course's CNN is trained at each of five learning rates, on
-classes drawn in equal parts, and the loss is drawn against the steps. Then the learning-rate range
-test (Smith, "Cyclical learning rates for training neural networks", 2017): one short run in which
-the rate rises with every step, and the loss shows which rates are of use.
+classes drawn in equal parts, and the loss is plotted by step. Then the learning-rate range test
+(Smith, "Cyclical learning rates for training neural networks", 2017): one short run in which
+the rate rises with every step, and the loss shows which rates are useful.
 """
 
 import copy
@@ -30,18 +30,18 @@ from torch import nn
 
 REPORT_RATES = (0.5, 0.05, 0.005, 0.0005, 0.00005)
 MODEL = "the course's CNN on classes drawn in equal parts"
-# Nothing else that would blur what the rate does: no augmentation, no weight decay, no schedule.
+# Without augmentation, weight decay or schedule, which would mask the effect of the rate.
 RECIPE = replace(NAIVE, name="learning-rates", sampler="balanced", epochs=8)
 
 CHANCE_LOSS = math.log(len(CLASS_NAMES))  # of a model that gives each class the same probability
-LEARNS = 0.95  # times chance level: a loss that stays above has not fallen
-WORKS = 0.8  # of the best run's loss reduction: not much worse a choice
-DIVERGES = 5  # times chance level, or in the range test times the lowest loss so far
+LEARNED_FRACTION = 0.95  # of chance level: a run with a higher final loss has learned nothing
+WORKING_FRACTION = 0.8  # of the best run's loss reduction: a rate that reaches it works
+DIVERGENCE_FACTOR = 5  # times chance level, or in the range test times the lowest loss so far
 EMA_DECAY = 0.9  # a smoothed loss is a mean over about 10 steps
 
 RANGE_TEST_RATES = np.geomspace(1e-6, 1.0, 200)  # 33 steps for each power of ten
 RANGE_TEST_SMOOTHING = 8  # steps, standard deviation of a Gaussian; an EMA would lag behind
-EDGE = 10  # steps at either end that are never suggested: too little is known beside them
+EDGE = 10  # steps at either end that are never suggested: the slope there is too uncertain
 
 
 # ---- losses at given rates ------------------------------------------------------------------
@@ -60,7 +60,7 @@ def losses_at_rate(
 def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return the exponential moving average over the steps, the last axis of [..., steps].
 
-    Its start is corrected for the average's empty past (Kingma and Ba 2015, section 3).
+    Its start is bias-corrected (Kingma and Ba 2015, section 3).
     """
     averaged = lfilter([1 - EMA_DECAY], [1, -EMA_DECAY], losses, axis=-1)
     return averaged / (1 - EMA_DECAY ** np.arange(1, averaged.shape[-1] + 1))
@@ -68,7 +68,7 @@ def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
 
 def divergence_step(losses: np.ndarray) -> int | None:
     """Return the first step, from 1, at which one of the runs [runs, steps] has diverged."""
-    diverged = ~(smooth(losses) <= DIVERGES * CHANCE_LOSS).all(axis=0)  # NaN is not <= anything
+    diverged = ~(smooth(losses) <= DIVERGENCE_FACTOR * CHANCE_LOSS).all(axis=0)  # also NaN
     return int(diverged.argmax()) + 1 if diverged.any() else None
 
 
@@ -80,12 +80,12 @@ def final_loss(losses: np.ndarray) -> float:
 def best_rate(curves: Mapping[float, np.ndarray]) -> float | None:
     """Return the rate that ends at the lowest loss without diverging; None if none learns."""
     ends = {rate: final_loss(runs) for rate, runs in curves.items() if not divergence_step(runs)}
-    learned = {rate: loss for rate, loss in ends.items() if loss < LEARNS * CHANCE_LOSS}
+    learned = {rate: loss for rate, loss in ends.items() if loss < LEARNED_FRACTION * CHANCE_LOSS}
     return min(learned, key=learned.__getitem__, default=None)
 
 
 def verdict(rate: float, curves: Mapping[float, np.ndarray]) -> str:
-    """Say what a rate does, and how much of the best one's loss reduction it reaches.
+    """Say what a rate does, and what fraction of the best rate's loss reduction it reaches.
 
     Args:
         curves: losses [runs, steps] by rate; a reduction is measured from chance level.
@@ -99,7 +99,7 @@ def verdict(rate: float, curves: Mapping[float, np.ndarray]) -> str:
         return "the best of these"
     reduction, most = (CHANCE_LOSS - final_loss(curves[each]) for each in (rate, best))
     fraction = f"{max(0.0, reduction / most):.0%} of the best run's loss reduction"
-    if reduction > WORKS * most:
+    if reduction > WORKING_FRACTION * most:
         return f"works: {fraction}"
     return f"too high: {fraction}" if rate > best else f"too low: converges too slowly, {fraction}"
 
@@ -112,8 +112,8 @@ def range_test(
 ) -> list[float]:
     """Take one step at each of RANGE_TEST_RATES; return the loss before each step.
 
-    It ends early once the smoothed loss is DIVERGES times its lowest value, or NaN. A copy of the
-    model is trained; the model itself stays as it is.
+    It ends early once the smoothed loss is DIVERGENCE_FACTOR times its lowest value, or NaN. The
+    model itself is not changed: a copy is trained.
     """
     model = copy.deepcopy(model).train()
     optimizer = make_optimizer(model, recipe)
@@ -129,7 +129,7 @@ def range_test(
         optimizer.step()
         losses.append(loss.item())
         smoothed = smooth(losses)
-        if not smoothed[-1] <= DIVERGES * smoothed.min():
+        if not smoothed[-1] <= DIVERGENCE_FACTOR * smoothed.min():
             break
     return losses
 
@@ -137,7 +137,7 @@ def range_test(
 def smooth_without_lag(losses: Sequence[float], derivative: int = 0) -> np.ndarray:
     """Return the losses of a range test, or their slope per step, smoothed by a Gaussian.
 
-    A leap, or NaN, counts as twice the loss at the start: more would blur into the steps beside it.
+    Losses are capped at twice the initial loss (NaN too): more would distort neighboring steps.
     """
     capped = np.fmin(losses, 2 * np.median(losses[:EDGE]))
     return gaussian_filter1d(capped, RANGE_TEST_SMOOTHING, order=derivative)
@@ -146,14 +146,14 @@ def smooth_without_lag(losses: Sequence[float], derivative: int = 0) -> np.ndarr
 def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> tuple[float | None, str]:
     """Return the rate at which the loss falls most steeply over log(rate), and the reason.
 
-    Only falls before the lowest point count: where a loss leaps up and falls back, nothing is
+    Only steps before the lowest loss count: when the loss jumps up and falls back, nothing is
     learned. The rate is None if the losses suggest none.
     """
     if len(losses) < 3 * EDGE:
         return None, f"the loss diverges after {len(losses)} steps, too few to tell"
     smoothed = smooth_without_lag(losses)
     lowest = int(smoothed.argmin())
-    if smoothed[lowest] > LEARNS * min(CHANCE_LOSS, smoothed[0]):
+    if smoothed[lowest] > LEARNED_FRACTION * min(CHANCE_LOSS, smoothed[0]):
         return None, "at no rate does the model become clearly better than chance"
     steepest = int(smooth_without_lag(losses, derivative=1)[: lowest + 1].argmin())
     if not EDGE <= steepest < len(losses) - EDGE:
@@ -179,14 +179,14 @@ def draw_losses(curves: Mapping[float, np.ndarray]) -> Figure:
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     lowest = min(float(np.nanmin(smooth(losses))) for losses in curves.values())
-    ax.set_ylim(0.9 * min(lowest, CHANCE_LOSS), 1.5 * DIVERGES * CHANCE_LOSS)
+    ax.set_ylim(0.9 * min(lowest, CHANCE_LOSS), 1.5 * DIVERGENCE_FACTOR * CHANCE_LOSS)
     ax.set_title("Loss by learning rate")
     figure.legend(loc="outside right upper", title="learning rate")
     return figure
 
 
 def mark_divergence(ax: Axes, curves: Mapping[float, np.ndarray]) -> Axes:
-    """Mark where runs diverge by a cross and words, each in a row of its own at the top."""
+    """Mark where runs diverge by a cross and a text, one row per run at the top."""
     steps = [divergence_step(losses) for losses in curves.values()]
     marked = [mark for mark in zip(steps, curves, ax.lines, strict=True) if mark[0]]
     above = ax.get_xaxis_transform()  # steps to the right, fractions of the axes upward
@@ -201,7 +201,7 @@ def mark_divergence(ax: Axes, curves: Mapping[float, np.ndarray]) -> Axes:
 def draw_range_test(
     rates: np.ndarray, losses: Sequence[float], suggestion: float | None, best: float | None
 ) -> Figure:
-    """Draw the range test: loss against rate, each step and smoothed, and the rates to take."""
+    """Draw the range test: loss against rate, raw and smoothed, and the suggested rates."""
     figure, (ax,) = plots.new_figure(width=8.5, height=5)
     smoothed = smooth_without_lag(losses)
     ax.plot(rates, losses, ".", color="0.75", label="each step")
@@ -212,7 +212,7 @@ def draw_range_test(
     if best:
         label = f"{best:g}: lowest loss at the end\nof a run (figure 3)"
         ax.axvline(best, color=plots.PALETTE[2], ls="-.", label=label)
-    margin = 0.5 * (smoothed[0] - smoothed.min()) + 0.05  # what leaps higher leaves the figure
+    margin = 0.5 * (smoothed[0] - smoothed.min()) + 0.05  # higher losses are cut off
     ax.set_ylim(np.nanmin(losses) - 0.02, smoothed[0] + margin)
     ax.set(xscale="log", xlabel="learning rate", ylabel="cross-entropy")
     ax.set_title("Learning-rate range test")
@@ -227,7 +227,7 @@ def draw_range_test(
 def analyze_rates(
     rates: list[float], recipe: Recipe, dataset: Dataset, seeds: list[int], device: torch.device
 ) -> dict[float, np.ndarray]:
-    """Train at each rate with each seed, side by side; return losses [seeds, steps] by rate."""
+    """Train at each rate with each seed, in parallel; return losses [seeds, steps] by rate."""
     jobs = [(rate, recipe, dataset, seed, device) for rate in rates for seed in seeds]
     losses = list(parallel_map(losses_at_rate, jobs, device, "learning rates"))
     return dict(zip(rates, np.array(losses).reshape(len(rates), len(seeds), -1), strict=True))
@@ -236,7 +236,7 @@ def analyze_rates(
 def analyze_range(
     recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, best: float | None
 ) -> dict[str, object]:
-    """Run the range test with a new model; return what the JSON file says of it."""
+    """Run the range test with a new model; return its entry in the JSON file."""
     torch.manual_seed(seed)
     job = (build_model(recipe.network).to(device), recipe, dataset, device)
     (losses,) = parallel_map(range_test, [job], device, "range test")
@@ -245,7 +245,7 @@ def analyze_range(
     if suggestion and best:
         explanation += (
             f"; after {recipe.epochs} epochs {best:g} has the lowest loss of the rates above"
-            " (the test knows only the first steps of a run)"
+            " (the test sees only the first steps of a run)"
         )
     numbers = {"rates": rates, "losses": losses, "suggestion": suggestion}
     return numbers | {"explanation": explanation}

@@ -7,7 +7,7 @@
 
 Each step is one of the scripts, run as you would run it yourself; its files are in
 report/steps/<step>. A step whose options, input files, data and code are unchanged is not run
-again: a report that was stopped goes on where it was.
+again, so a report that was stopped resumes where it was.
 """
 
 import argparse
@@ -38,8 +38,8 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-LONGEST_STEP = 1e7  # seconds
-SECONDS_FOR_CTRL_C = 2.0  # that a script may take to end by itself
+MAX_STEP_SECONDS = 1e7  # seconds
+SECONDS_FOR_CTRL_C = 2.0  # that a script has to stop by itself
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
     "*.py *.html README.md requirements*.txt pyproject.toml Makefile LICENSE common/*.py "
@@ -56,7 +56,7 @@ class Step:
 
     name: str  # of its folder
     title: str
-    weight: float  # about how many seconds it takes; only the proportions matter
+    weight: float  # its approximate seconds; only the proportions matter
     # {name} stands for the folder of another step, {labels} for the file of label corrections,
     # {checkpoint} for the model to hand in.
     command: str
@@ -100,10 +100,10 @@ STEPS = (
 
 
 class Report:
-    """The steps of one report, and the folder in which they leave their files.
+    """The steps of one report, and the folder for their files.
 
     Raises:
-        UserError: data, device, checkpoint or corrections can't be used: found out before any work.
+        UserError: data, device, checkpoint or corrections can't be used (checked before any work).
     """
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
@@ -113,7 +113,7 @@ class Report:
         self.versions = cli.versions()
         choose_device(arguments.device)
         source = open_data(arguments.data)
-        # The steps need not search again.
+        # so that the steps use the same data
         self.data_option = str(source.path) if arguments.data == "auto" else arguments.data
         self.train, dev = (source.load(split, arguments.quick) for split in SPLITS)
         self.data = describe(self.train, dev)
@@ -131,7 +131,7 @@ class Report:
         }
 
     def run(self) -> None:
-        """Run the steps that are not done yet, and say how far it is."""
+        """Run the steps that are not done yet, and print the progress."""
         for number, step in enumerate(self.steps):
             head = f"[{number + 1}/{len(self.steps)}] {step.title}"
             origin, state = self.origin_of(step), self.state_of(step)
@@ -145,7 +145,7 @@ class Report:
             self.seconds[step.name] = seconds
 
     def options_of(self, step: Step) -> list[str]:
-        """Return the options with which a step's script is called."""
+        """Return the command-line options for a step's script."""
         arguments = self.arguments
         seeds = arguments.seed if step.all_seeds else arguments.seed[:1]
         options = [option.format_map(self.paths) for option in step.command.split()[1:]]
@@ -156,7 +156,7 @@ class Report:
         return [*options, "--quick"] if arguments.quick else options
 
     def origin_of(self, step: Step) -> dict[str, Any]:
-        """Return all that the results of a step follow from."""
+        """Return everything that a step's results depend on."""
         options = self.options_of(step)
         inputs = [Path(option) for option in options if Path(option).is_file()]
         code = [PROJECT / step.script, *PROJECT.glob("common/*.py"), *PROJECT.glob("models/*.ckpt")]
@@ -169,22 +169,22 @@ class Report:
         }
 
     def state_of(self, step: Step) -> dict[str, Any]:
-        """Return the step.json that an earlier run has left; {} if it is of no use."""
+        """Return the step.json of an earlier run; {} if it is missing or unusable."""
         try:
             state = cli.read_json(Path(self.paths[step.name]) / "step.json")
         except UserError:
             return {}
         seconds = state.get("seconds") if isinstance(state, dict) else "no dict"
-        possible = isinstance(seconds, float) and 0 <= seconds < LONGEST_STEP  # JSON may hold a NaN
+        possible = isinstance(seconds, float) and 0 <= seconds < MAX_STEP_SECONDS  # not NaN
         return state if possible or seconds is None else {}
 
     def result_of(self, step: Step) -> Path:
-        """Return the path of the JSON file that a step leaves."""
+        """Return the path of a step's JSON file."""
         result = "mismatch" if step.name == "mismatch" else Path(step.script).stem
         return Path(self.paths[step.name]) / f"{result}.json"
 
     def time_left(self, number: int) -> str:
-        """Say how long the rest will take if this machine stays as fast as it has been."""
+        """Estimate how long the rest will take from the steps so far."""
         seeds = len(self.arguments.seed)
         weights = [step.weight * (seeds if step.all_seeds else 1) for step in self.steps]
         before, left = sum(weights[:number]), sum(weights[number:])
@@ -199,7 +199,7 @@ class Report:
         if resume and "--recipe" in options:
             options = [*options, "--resume"]
         else:
-            for checkpoint in folder.glob("*.ckpt"):  # else a later --resume would take it up
+            for checkpoint in folder.glob("*.ckpt"):  # or a later --resume would continue them
                 checkpoint.unlink()
         write_json(folder / "step.json", origin | {"seconds": None})
         with (folder / "printed.txt").open("wb") as printed:
@@ -230,7 +230,7 @@ class Report:
         return runs[0][0], np.stack([predicted for _, predicted in runs])
 
     def without_near_duplicates(self) -> dict[str, Any]:
-        """Return the scores of the model to hand in without the dev images that train has too."""
+        """Return the scores of the model to hand in on dev without near-duplicates of train."""
         labels, predicted = read_predictions(Path(self.paths["model"]) / "predictions.csv")
         pairs = cli.read_json(Path(self.paths["data"]) / "inspectData.json")["near_duplicates"]
         others = np.delete(np.arange(len(labels)), [pair["dev"] for pair in pairs])
@@ -246,7 +246,7 @@ class Report:
         return path
 
     def about(self) -> dict[str, str]:
-        """Return what the page and AUTHOR.txt say of the work: whose it is, and what it is."""
+        """Return what the page and AUTHOR.txt say about the work and its author."""
         path, labels = (Path(self.paths[name]) for name in ("checkpoint", "labels"))
         _, metadata = load_checkpoint(path, self.arguments.pixel_range)
         settings = metadata.get("recipe")
@@ -256,13 +256,15 @@ class Report:
         return {
             "author": " ".join(self.arguments.author.split()) or "not named",
             "model": f"{path.name}, {describe_checkpoint(metadata)}",
-            "settings": ", ".join(f"{key} {cli.show(value)}" for key, value in settings if value),
+            "settings": ", ".join(
+                f"{key} {cli.safe_repr(value)}" for key, value in settings if value
+            ),
             "label corrections": f"{labels.name}, {accepted} of {len(corrections)} accepted",
             "command": shlex.join(["python", "report.py", *sys.argv[1:]]),
         }
 
     def files_to_pack(self) -> dict[Path, Path]:
-        """Return what is handed in: the path in the zip file, and the file itself."""
+        """Return the files to hand in, by their path in the zip file."""
         found = [file for pattern in PACKED.split() for file in PROJECT.glob(pattern)]
         files = {file.relative_to(PROJECT): file for file in found if file.is_file()}
         for file in (self.folder / "steps").rglob("*"):
@@ -276,7 +278,7 @@ class Report:
         }
 
     def pack(self, name: Path) -> Path:
-        """Pack code, model, page and results into `<name>.zip`, in which all can be run again."""
+        """Pack code, model, page and results into `<name>.zip`, enough to rerun everything."""
         about = "".join(f"{key}: {value}\n" for key, value in self.about().items())
 
         def write(part: Path) -> None:
@@ -296,9 +298,9 @@ class Report:
 
 
 def run_script(script: str, options: list[str], printed: Any) -> None:
-    """Run a script; what it prints goes to a file, its progress and its errors to the terminal.
+    """Run a script with stdout in a file; progress and errors go to the terminal.
 
-    If it fails, it has said why in one line: the report ends with the same status.
+    If it fails, it has printed the reason: the report exits with the same status.
     """
     command = [sys.executable, str(PROJECT / script), *options]
     environment = os.environ | {cli.PARENT: str(os.getpid())}
@@ -306,7 +308,7 @@ def run_script(script: str, options: list[str], printed: Any) -> None:
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        # Ctrl-C has reached the script too; whatever else stopped the report has not.
+        # Ctrl-C reaches the script too; SIGTERM does not.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS_FOR_CTRL_C)
         process.terminate()
@@ -319,7 +321,7 @@ def run_script(script: str, options: list[str], printed: Any) -> None:
 
 
 def describe_machine() -> str:
-    """Return in a few words what the steps ran on."""
+    """Describe the machine in a few words."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -334,7 +336,7 @@ def digest(paths: list[Path]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     cli.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -367,7 +369,7 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the labels [N] and the predicted classes [N] of a predictions file.
 
     Raises:
-        UserError: it can't be read, which is so once a spreadsheet has saved it with semicolons.
+        UserError: it can't be read, for example after a spreadsheet saved it with semicolons.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -393,12 +395,12 @@ FORMATS = {
     "count": "{:,.0f}",
     "short": "{:.2g}",
 }
-SCREEN_DPI = 96  # what browsers take an inch for
-COLUMN_WIDTH = 736  # of the page's text, in such pixels; wider figures stick out of it
+SCREEN_DPI = 96  # CSS pixels per inch
+COLUMN_WIDTH = 736  # of the page's text, in CSS pixels; wider figures extend beyond it
 
 
 class Files:
-    """The files of the steps, and the HTML that shows what is in them.
+    """The steps' files, and HTML for the numbers and figures in them.
 
     Args:
         folder: holds one folder per step.
@@ -409,7 +411,7 @@ class Files:
         self.read: dict[str, Any] = {}
 
     def value(self, file: str, path: str = "") -> Any:
-        """Return what stands in a JSON file, such as recipes/training.json, at a path of keys."""
+        """Return the value at a path of keys in a JSON file, such as recipes/training.json."""
         if file not in self.read:
             self.read[file] = cli.read_json(self.folder / file)
         found = self.read[file]
@@ -418,7 +420,7 @@ class Files:
         return found
 
     def number(self, file: str, path: str, kind: str = "score") -> Markup:
-        """Return a number of a JSON file as HTML that says where it is from; a dash for null."""
+        """Return a number from a JSON file as HTML that names its source; a dash for null."""
         value = self.value(file, path)
         if value is None:
             return Markup("–")
@@ -448,7 +450,7 @@ class Files:
         return Markup("[{},&nbsp;{}]").format(low, high)
 
     def comparison(self, file: str, path: str, other: str) -> Markup:
-        """Say how a model compares to the other one: only what the difference's interval allows."""
+        """Say how a model compares with the other one, as far as the interval allows."""
         low, high = self.value(file, f"{path}/interval")
         words = "better than {}" if low > 0 else "worse than {}"
         if low <= 0 <= high:
@@ -458,7 +460,7 @@ class Files:
         return Markup(words + " ({} {})").format(other, difference, interval)
 
     def figure(self, file: str, caption: str, label: str = "") -> Markup:
-        """Return a figure as HTML with the image in it; nothing if no step has drawn it."""
+        """Return a figure as HTML with the image embedded; nothing if no step has drawn it."""
         path = self.folder / file
         if not path.exists():
             return Markup("")
@@ -495,13 +497,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="also train the recipes best and robust, and search settings by tuning.py",
+        help="also train the recipes best and robust, and run tuning.py",
     )
     parser.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
-        help="your reviewed label corrections, to be used instead of the automatic ones",
+        help="your reviewed label corrections, instead of the automatic ones",
     )
     parser.add_argument(
         "--hand-in", type=hand_in_name, metavar="NAME", help="pack everything into NAME.zip"
@@ -527,7 +529,7 @@ def main() -> None:
         try:
             report.run()
         except KeyboardInterrupt:
-            cli.say("\nthe same command goes on from here", error=True)
+            cli.say("\nrun the same command again to resume", error=True)
             raise
         report.compare_steps()
         page = report.write_page()

@@ -6,8 +6,8 @@
     python training.py --settings results/<data>/tuning.json
     python training.py --show-mismatch
 
-A recipe is all the settings of a run; common/recipes.py has every one, with its reasons. The loop
-itself is `train` in common/train.py.
+A recipe holds all settings of a run; common/recipes.py gives a reason for each. The training loop
+is `train` in common/train.py.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-# Which earlier recipe each one is compared with: the one that it changes a little.
+# Which earlier recipe each one is compared with.
 BASELINES = {
     "weight-decay": "naive",
     "strict-sampler": "naive",
@@ -66,8 +66,8 @@ BASELINES = {
     "tuned": "final",
     "best": "tuned",
 }
-# What a file of settings may change, and between which bounds.
-SETTINGS = {
+# What a file of settings (--settings) may change, and the bounds.
+SETTING_BOUNDS = {
     "learning_rate": (1e-6, 1.0),
     "batch_size": (1, 4096),
     "weight_decay": (0.0, 10.0),
@@ -80,7 +80,7 @@ SETTINGS = {
 
 @dataclass
 class Trained:
-    """What came out of one run."""
+    """The outcome of one run."""
 
     recipe: Recipe
     seed: int
@@ -144,12 +144,12 @@ def train_run(
     """Train one model, evaluate it after each epoch, and save it, so that it can be resumed.
 
     Args:
-        path: of the checkpoint; that of a run under way ends in `.unfinished.ckpt`.
+        path: of the checkpoint; while the run lasts, it ends in `.unfinished.ckpt`.
         earlier: what `find_earlier` returned.
         position: of the progress bar, below those of other runs.
     """
     history = list(earlier.get("history", []))
-    if "logits" in earlier:  # finished before
+    if "logits" in earlier:  # it was finished already
         return Trained(recipe, seed, earlier["logits"], history)
     unfinished = path.with_suffix(".unfinished.ckpt")
     bar = tqdm(
@@ -189,7 +189,7 @@ def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the training state of an earlier run with the same metadata, {} if there is none.
 
     Raises:
-        UserError: there is a run, but with other settings: going on would overwrite it.
+        UserError: there is one with other settings, which would be overwritten.
     """
     for file in (path.with_suffix(".unfinished.ckpt"), path):
         if file.exists():
@@ -208,10 +208,10 @@ def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarize(runs: list[Trained], dev: Dataset, baseline: list[Trained]) -> dict[str, Any]:
-    """Return what the JSON file says of a recipe.
+    """Return a recipe's entry in the JSON file.
 
     The scores are means over the seeds, and `spread` is their standard deviation. `interval` is
-    that of the first seed's run: how far its scores may be off on other images.
+    that of the first seed's run: the uncertainty from the choice of images.
 
     Args:
         baseline: the runs of the recipe to compare with, if it was trained too.
@@ -297,8 +297,11 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
 
 def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
     """Return a figure of all recipes: scores with 95% intervals, each seed, and the report's."""
-    figure, axes = plots.new_figure(1, 3, width=12, height=0.45 * len(summaries) + 2)
-    always_car = {"accuracy": 0.88, "balanced_accuracy": 1 / 3, "g_mean": 0.0}
+    figure, axes = plots.new_figure(
+        1, len(SCORE_TITLES), width=12, height=0.45 * len(summaries) + 2
+    )
+    counts = np.sum(next(iter(summaries.values()))["runs"][0]["confusion"], axis=1)
+    always_car = metrics.scores(np.outer(counts, np.arange(len(counts)) == 0))
     for ax, (score, title) in zip(axes, SCORE_TITLES.items(), strict=True):
         for place, summary in enumerate(summaries.values()):
             low, high = summary["interval"][score]
@@ -315,7 +318,7 @@ def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
     ours, theirs = plots.PALETTE[0], plots.PALETTE[3]
     axes[0].plot([], [], "o-", color=ours, label="ours: each seed; 95% interval of the first")
     axes[0].plot([], [], "D", color=theirs, mfc="none", label="the report's")
-    axes[0].plot([], [], ":", color="0.5", label='a model that always predicts "car"')
+    axes[0].plot([], [], ":", color="0.5", label=f'a model that always predicts "{CLASS_NAMES[0]}"')
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -326,7 +329,7 @@ def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
 def show_mismatch(
     model: Classifier, origin: dict[str, Any], dev: Dataset, results: Results
 ) -> None:
-    """Evaluate one model in its own pixel range and in the other one: the bug of step 3g."""
+    """Evaluate one model in its own pixel range and in the wrong one: the bug of step 3g."""
     own = model.pixel_range
     other = (0.0, 1.0) if own == (-1.0, 1.0) else (-1.0, 1.0)
     right, wrong = (
@@ -389,10 +392,12 @@ def read_settings(path: Path) -> Recipe:
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: has no settings found by tuning.py") from error
     for name, value in settings.items():
-        low, high = SETTINGS.get(name, (1, 0))
+        low, high = SETTING_BOUNDS.get(name, (1, 0))
         kinds = (int,) if isinstance(low, int) else (int, float)
         if type(value) not in kinds or not low <= value <= high:
-            raise UserError(f"{path}: {cli.show(name)} is {cli.show(value)}, which it can't be")
+            raise UserError(
+                f"{path}: {cli.safe_repr(name)} is {cli.safe_repr(value)}, which it can't be"
+            )
     return replace(TUNED, name="found", **settings)
 
 
@@ -402,7 +407,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         metavar="NAME[,NAME...]",
-        help=f"{', '.join(RECIPES)}; or all, the report's and tuned; without it, final",
+        help=f"{', '.join(RECIPES)}; or all (the report's and tuned); without it, final",
     )
     parser.add_argument(
         "--settings",
@@ -410,15 +415,17 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="train recipe `found`: tuned, with the settings found by tuning.py",
     )
-    parser.add_argument("--epochs", type=cli.positive_int, help="how many, not the recipe's own")
+    parser.add_argument(
+        "--epochs", type=cli.positive_int, help="number of epochs, instead of the recipe's"
+    )
     parser.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
-        help="correct the labels first, by the accepted rows of this file of label_errors.py",
+        help="correct the labels first, by the accepted rows of this file from label_errors.py",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with stopped runs of the same command"
+        "--resume", action="store_true", help="resume stopped runs of the same command"
     )
     parser.add_argument(
         "--show-mismatch",
@@ -456,7 +463,7 @@ def main() -> None:
     try:
         trained = train_recipes(recipes, results, dataset, dev, device)
     except KeyboardInterrupt:
-        cli.say("\nthe same command with --resume goes on from here", error=True)
+        cli.say("\nrun the same command with --resume to continue", error=True)
         raise
     runs = {recipe.name: [r for r in trained if r.recipe == recipe] for recipe in recipes}
     summaries = {}

@@ -1,16 +1,16 @@
-"""Step 3i: search the settings of the recipe `tuned` instead of guessing them.
+"""Step 3i: search for better settings of the recipe `tuned` instead of guessing them.
 
     python tuning.py
     python tuning.py --trials 60 --epochs 30
     python training.py --settings results/<data>/tuning.json
 
 The report's author found tuning by hand "very long and exhausting". Here each trial is scored by
-out-of-fold predictions on two thirds of the training set; dev is not looked at. The best of many
-trials owes some of its score to luck. So it is compared with the recipe's own settings on the
-last third, which no trial has seen.
+out-of-fold predictions on two thirds of the training set; dev is not used. The best of many trials
+owes part of its score to luck, so it is compared with the recipe's own settings on the remaining
+third, which no trial has seen.
 
-All trials are kept in a database. A search that was stopped goes on when the same command is given
-again. Several machines that name the same database share one search:
+All trials are kept in a database. Repeat the same command to resume a search that was stopped.
+Several machines that name the same database share one search:
 
     python tuning.py --storage postgresql+psycopg://user@server/name
     optuna-dashboard sqlite:///results/<data>/tuning.db
@@ -58,11 +58,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 TRIALS = 20
-EPOCHS = 16  # fewer than the recipe has: what is good early is mostly good later
-PARTS = 3  # of the training set: two to search on, one left aside for the comparison
+EPOCHS = 16  # fewer than the recipe has: the early ranking mostly holds later
+PARTS = 3  # of the training set: two to search on, one held out for the comparison
 SEEDS = 3  # of the comparison
 ROWS_SHOWN = 5
-# In steps where the last digits would not matter, or where close to 0 is not the same as 0.
+# With steps where finer values make no difference, or where exactly 0 must be possible.
 SPACE = {
     "learning_rate": FloatDistribution(1e-3, 3e-2, log=True),
     "batch_size": CategoricalDistribution((64, 128, 256)),
@@ -78,10 +78,10 @@ SPACE = {
 
 
 def split(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Return the images to search on, and those left aside; near-duplicates are in the same part.
+    """Return the images to search on, and those held out; near-duplicates stay together.
 
     Raises:
-        UserError: a class has too few images for that and for the folds of the search.
+        UserError: a class has too few images for this split and the folds of the search.
     """
     groups, needed = duplicate_groups(dataset.images), PARTS * FOLDS
     for label, name in enumerate(CLASS_NAMES):
@@ -91,8 +91,8 @@ def split(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
                 f"{dataset.name}: {name}: {count} different images; tuning needs {needed}"
             )
     splitter = StratifiedGroupKFold(PARTS, shuffle=True, random_state=seed)
-    searched, aside = next(splitter.split(dataset.images, dataset.labels, groups))
-    return dataset.subset(torch.from_numpy(searched)), dataset.subset(torch.from_numpy(aside))
+    searched, held_out = next(splitter.split(dataset.images, dataset.labels, groups))
+    return dataset.subset(torch.from_numpy(searched)), dataset.subset(torch.from_numpy(held_out))
 
 
 def g_mean(labels: Tensor, logits: Tensor) -> float:
@@ -105,23 +105,23 @@ def check(
     default: Recipe,
     best: Recipe,
     searched: Dataset,
-    aside: Dataset,
+    held_out: Dataset,
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Train both recipes on the images searched on; compare them on those left aside.
+    """Train both recipes on the images searched on; compare them on those held out.
 
     Returns:
         of each recipe `g_mean`, the mean, and `runs`, that of each seed; the paired `comparison`.
     """
     seeds = range(seed, seed + SEEDS)
     jobs = [
-        (recipe, searched, aside.images, s, device) for recipe in (default, best) for s in seeds
+        (recipe, searched, held_out.images, s, device) for recipe in (default, best) for s in seeds
     ]
     logits = list(parallel_map(train_and_predict, jobs, device, "comparison"))
-    runs = [g_mean(aside.labels, each) for each in logits]
+    runs = [g_mean(held_out.labels, each) for each in logits]
     predicted = torch.stack(logits).argmax(dim=-1)
-    comparison = metrics.compare(aside.labels, predicted[SEEDS:], predicted[:SEEDS], seed=seed)
+    comparison = metrics.compare(held_out.labels, predicted[SEEDS:], predicted[:SEEDS], seed=seed)
     own, found = ({"g_mean": np.mean(r).item(), "runs": r} for r in (runs[:SEEDS], runs[SEEDS:]))
     return {"default": own, "best": found, "comparison": comparison}
 
@@ -130,10 +130,10 @@ def check(
 
 
 def hide_password(url: str) -> str:
-    """Return the URL of a database as it may be shown.
+    """Return a database URL without its password.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a URL.
     """
     try:
         return make_url(url).set(query={}).render_as_string(hide_password=True)
@@ -144,7 +144,7 @@ def hide_password(url: str) -> str:
 
 @contextmanager
 def storage_errors(shown: str) -> Iterator[None]:
-    """Turn errors of the database into one line that names it."""
+    """Turn database errors into one line that names the database."""
     try:
         yield
     except ImportError as error:
@@ -161,7 +161,7 @@ def open_study(url: str | None, folder: Path, name: str) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options: dict[str, Any] = {}
-    if url is None:  # the characters of a folder's name could mean something else in a URL
+    if url is None:  # a folder's name may contain characters special in URLs
         url, path = "sqlite:///tuning.db", folder / "tuning.db"
         connect = functools.partial(sqlite3.connect, path, timeout=60, check_same_thread=False)
         options = {"creator": connect}
@@ -176,18 +176,18 @@ def open_study(url: str | None, folder: Path, name: str) -> optuna.Study:
 
 
 def study_name(recipe: Recipe, dataset: Dataset, seed: int) -> str:
-    """Return a name that changes with all that the score of a trial depends on."""
+    """Return a name that changes with everything that a trial's score depends on."""
     rest = zlib.crc32(repr((recipe, SPACE, PARTS, FOLDS)).encode())
     return f"{recipe.name}-{dataset.fingerprint}-epochs{recipe.epochs}-seed{seed}-{rest:08x}"
 
 
 def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials that were completed, in their order."""
+    """Return the completed trials in order."""
     return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
 
 def end_killed_trials(study: optuna.Study) -> None:
-    """Mark trials as failed whose process was killed on this machine."""
+    """Mark trials of this machine as failed if their process was killed."""
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         host, process = trial.user_attrs.get("worker", (None, None))
         if host == socket.gethostname() and not cli.is_running(process):
@@ -205,10 +205,10 @@ def search(
     seed: int,
     after_trial: Callable[[], None] = lambda: None,
 ) -> None:
-    """Try settings until the study has so many trials: the recipe's own, then promising ones.
+    """Try settings until there are `trials` trials: the recipe's own, then promising ones.
 
-    By the tree-structured Parzen estimator (Bergstra et al., "Algorithms for hyper-parameter
-    optimization", 2011), as Optuna has it.
+    Optuna's tree-structured Parzen estimator proposes them (Bergstra et al., "Algorithms for
+    hyper-parameter optimization", 2011).
 
     Args:
         score: of a recipe; the higher, the better.
@@ -234,18 +234,18 @@ def search(
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's own settings of those that are searched."""
+    """Return a recipe's own values of the settings that are searched."""
     return {name: getattr(recipe, name) for name in SPACE}
 
 
 def make_sampler(study: optuna.Study, seed: int) -> optuna.samplers.BaseSampler:
-    """Return a sampler for the next trial: seeded anew, so that no run repeats another's draws."""
+    """Return a sampler with a new seed, so that a resumed search does not repeat draws."""
     sequence = np.random.SeedSequence([seed, len(study.get_trials(deepcopy=False))])
     return optuna.samplers.TPESampler(seed=int(sequence.generate_state(1)[0]))
 
 
 def numbers_of(study: optuna.Study, recipe: Recipe) -> dict[str, Any]:
-    """Return what the JSON file says of a search."""
+    """Return a search's entry in the JSON file."""
     trials = [
         {
             "number": trial.number,
@@ -289,7 +289,7 @@ def plot_trials(ax: Axes, numbers: dict[str, Any], name: str) -> Axes:
         ax.plot(values, scores, ls="none", mfc="none", label=label, **style)
     if getattr(SPACE.get(name), "log", False):
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))  # more would run into each other
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))  # more labels would overlap
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
     ax.set(xlabel=name.replace("_", " "), ylabel="G-mean, out of fold")
@@ -310,7 +310,7 @@ def print_trials(trials: list[dict[str, Any]]) -> None:
 
 
 def print_check(checked: dict[str, Any] | None) -> None:
-    """Print the comparison on the images left aside, or why there is none."""
+    """Print the comparison on the images held out, or why there is none."""
     if checked is None:
         cli.say("\nNo trial was better than the recipe's own settings.")
         return
@@ -342,16 +342,16 @@ def main() -> None:
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help="database of the trials; without it, tuning.db beside the results",
+        help="database of the trials; without it, tuning.db in the results folder",
     )
     arguments = parser.parse_args()
     device, url, seed = choose_device(arguments.device), arguments.storage, arguments.seed
-    arguments.storage = url and hide_password(url)  # as the results will show it
+    arguments.storage = url and hide_password(url)  # as it appears in the results
     dataset = open_data(arguments.data).load("train", arguments.quick)
     if arguments.labels:
         dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))
     results = cli.Results(arguments, describe(dataset))
-    searched, aside = split(dataset, seed)
+    searched, held_out = split(dataset, seed)
     recipe = with_epochs(replace(TUNED, epochs=EPOCHS), arguments.epochs, arguments.quick)
 
     def score(tried: Recipe) -> float:
@@ -361,7 +361,7 @@ def main() -> None:
         study = open_study(url, results.folder, study_name(recipe, dataset, seed))
         trials = arguments.trials or (3 if arguments.quick else TRIALS)
 
-        def save() -> None:  # after each trial: what a search has found so far is there to use
+        def save() -> None:  # after each trial, so that intermediate results can be used
             results.save_json("tuning", numbers_of(study, recipe))
 
         search(study, recipe, trials, score, seed, save)
@@ -369,7 +369,7 @@ def main() -> None:
     best = replace(recipe, **numbers["best"]["settings"])
     numbers["check"] = None
     if best != recipe:
-        numbers["check"] = check(recipe, best, searched, aside, seed, device)
+        numbers["check"] = check(recipe, best, searched, held_out, seed, device)
     results.save_json("tuning", numbers)
     results.save_figure("tuning", draw_search(numbers))
     print_trials(numbers["trials"])

@@ -5,10 +5,10 @@
     python benchmarks/ablation.py --recipe weighted-sampler --set sampling_exponent=0.5
 
 Each variant is trained ten times, on two thirds of the training set each, and scored by its
-G-mean on the third left out: dev stays untouched. Near-duplicates never stand on both sides.
-With --labels, images whose label is flagged do not count in the score, though they are trained
-on. All variants share the same ten divisions and seeds, so their differences are paired. What
-contributes less than twice its standard error has not earned its place.
+G-mean on the remaining third; dev is not used. Near-duplicates are always on the same side.
+With --labels, images whose label is flagged are trained on but not scored. All variants share the
+same folds and seeds, so their differences are paired. An ingredient that contributes less than
+twice its standard error has not earned its place.
 """
 
 import ast
@@ -56,21 +56,21 @@ WITHOUT = {
 }
 
 
-def divide(dataset: Dataset, doubted: np.ndarray, runs: int, seed: int) -> list[tuple]:
+def make_folds(dataset: Dataset, flagged: np.ndarray, runs: int, seed: int) -> list[tuple]:
     """Return (images to train on, images to score on) for each run, int64 each."""
     groups = duplicate_groups(dataset.images)
-    divisions = []
+    folds = []
     for number in range(-(-runs // FOLDS)):
         splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed + number)
-        divisions += splitter.split(dataset.images, dataset.labels, groups)
+        folds += splitter.split(dataset.images, dataset.labels, groups)
     return [
-        (torch.from_numpy(inside), torch.from_numpy(np.setdiff1d(outside, doubted)))
-        for inside, outside in divisions[:runs]
+        (torch.from_numpy(inside), torch.from_numpy(np.setdiff1d(outside, flagged)))
+        for inside, outside in folds[:runs]
     ]
 
 
 def run_filter(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> Dataset:
-    """Return the data set without the labels that the recipe's filter doubts."""
+    """Return the data set without the labels that the recipe's label filter rejects."""
     if recipe.label_filter is None:
         return dataset
     return filter_labels(recipe.label_filter, dataset, seed, device)
@@ -94,7 +94,7 @@ def variants_of(recipe: Recipe, settings: list[str]) -> dict[str, Recipe]:
     else:
         without = WITHOUT.get(recipe.name, {})
         changes = {f"without {name}": change for name, change in without.items()}
-    recipe = replace(recipe, threads=1)  # many runs are done sooner side by side
+    recipe = replace(recipe, threads=1)  # many runs in parallel finish sooner with one thread each
     return {"all": recipe} | {name: replace(recipe, **each) for name, each in changes.items()}
 
 
@@ -113,13 +113,13 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cpu")
     dataset = open_data(arguments.data).load("train", arguments.quick)
-    flagged = read_corrections(arguments.labels, dataset) if arguments.labels else []
-    doubted = np.array([correction.index for correction in flagged], dtype=np.int64)
+    corrections = read_corrections(arguments.labels, dataset) if arguments.labels else []
+    flagged = np.array([correction.index for correction in corrections], dtype=np.int64)
     variants = variants_of(
         with_epochs(RECIPES[arguments.recipe], arguments.epochs, arguments.quick), arguments.set
     )
-    divisions = divide(dataset, doubted, arguments.runs, arguments.seed)
-    parts = [dataset.subset(inside) for inside, _ in divisions]
+    folds = make_folds(dataset, flagged, arguments.runs, arguments.seed)
+    parts = [dataset.subset(inside) for inside, _ in folds]
     filters = parallel_map(
         run_filter,
         [(variants["all"], part, seed, device) for seed, part in enumerate(parts)],
@@ -130,15 +130,13 @@ def main() -> None:
     jobs = [
         (variant, kept if variant.label_filter else part, dataset.images[outside], seed, device)
         for variant in variants.values()
-        for seed, (part, kept, (_, outside)) in enumerate(
-            zip(parts, filtered, divisions, strict=True)
-        )
+        for seed, (part, kept, (_, outside)) in enumerate(zip(parts, filtered, folds, strict=True))
     ]
     outcomes = parallel_map(train_and_predict, jobs, device, "runs")
     predicted = [logits.argmax(dim=1) for logits in outcomes]
     scores = np.array(
         [
-            metrics.evaluate(dataset.labels[divisions[i % len(divisions)][1]], each)["g_mean"]
+            metrics.evaluate(dataset.labels[folds[i % len(folds)][1]], each)["g_mean"]
             for i, each in enumerate(predicted)
         ]
     ).reshape(len(variants), -1)
@@ -146,7 +144,7 @@ def main() -> None:
 
 
 def print_scores(variants: dict[str, Recipe], scores: np.ndarray) -> None:
-    """Print G-means [variants, runs], and what each variant lacks of the whole recipe."""
+    """Print G-means [variants, runs], and how much each variant loses against the whole recipe."""
     rows = []
     for name, row in zip(variants, scores, strict=True):
         gain = scores[0] - row

@@ -3,7 +3,7 @@
     python benchmarks/attacks.py --data FOLDER --checkpoints models/robust.ckpt
 
 All take 40 steps of the same size from a random start, with the same epsilon, on the whole dev
-set. They take turns, so that a busy moment of the machine hits all alike.
+set. They take turns, so that other load on the machine affects all of them equally.
 """
 
 import statistics

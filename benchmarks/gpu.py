@@ -1,4 +1,4 @@
-"""How long do the recipes take on a GPU, whole, and are the models as good as a CPU's?
+"""How long do whole recipes take on a GPU, and are the models as good as those trained on a CPU?
 
     python benchmarks/gpu.py --data FOLDER --seed 0,1,2
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the GPU has done all that it was asked for."""
+    """Wait until the GPU has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

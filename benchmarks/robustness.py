@@ -1,8 +1,8 @@
-"""How much does a model withstand? Strong attacks by others, the worst of them for each image.
+"""How robust is a model? Strong attacks by other libraries, the worst of them for each image.
 
     python benchmarks/robustness.py --data FOLDER --checkpoints models/robust.ckpt models/best.ckpt
 
-AutoAttack (Croce and Hein, 2020) is the field's yardstick, but its targeted DLR loss needs four
+AutoAttack (Croce and Hein, 2020) is the standard benchmark, but its targeted DLR loss needs four
 classes. These are its other parts, as torchattacks has them: APGD with cross-entropy and with the
 DLR loss, FAB against each other class, and Square, which needs no gradient. As in AutoAttack, each
 part attacks only the images that those before it have left correct, so that the last row is the

@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py --data FOLDER
 
-Contestants take turns in one process with one thread each, so that a busy moment of the machine
-hits all alike; medians of the rounds are printed. Run it on a machine that does nothing else.
+Contestants take turns in one process with one thread each, so that other load on the machine
+affects all of them equally; the table shows medians over the rounds. Run it on an idle machine.
 """
 
 import statistics

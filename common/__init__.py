@@ -1,17 +1,17 @@
-"""What the scripts share. They import it before torch and matplotlib, which read these settings."""
+"""Code shared by the scripts. Import it before torch and matplotlib, which read these settings."""
 
 import ctypes
 import os
 import sys
 from types import TracebackType
 
-# Figures go to files. A notebook's backend, inherited from Jupyter or Colab, may not be here.
+# Figures go to files. The backend that Jupyter or Colab sets may not be installed here.
 os.environ["MPLBACKEND"] = "agg"
-# Threads of torch that wait for each other spin by default: beside a busy process they stall.
+# By default, waiting threads of torch spin, and stall when other processes are busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# A training step frees its megabytes and asks for them again. Linux's C library (glibc) would give
-# them back to the kernel in between: an epoch takes a quarter less time if it keeps them.
+# Each training step allocates and frees the same memory. Linux's C library (glibc) would return it
+# to the kernel in between; keeping it makes an epoch take a quarter less time.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers from malloc.h
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,30 +1,31 @@
-"""Attacks: small changes to images that make a model wrong.
+"""Adversarial attacks: small perturbations of images that make a model misclassify them.
 
 Images are float32 [B, 3, 32, 32] in [0, 1], before and after. The norm is L-infinity: no pixel of
-any channel moves by more than epsilon, so 0.05 is 5% of full brightness. It can't mean anything
-else here, as normalization is the model's own first layer. Models are in eval mode.
+any channel moves by more than epsilon, so 0.05 is 5% of full brightness, whatever range the
+model was trained on, since normalization is its first layer. Models are in eval mode.
 
-Gradients go through test-time augmentation, if the model has it: through a single view, attacks
-would be much weaker than they are.
+Gradients include test-time augmentation, if the model has it: with the gradient of a single view,
+attacks would be much weaker.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from common.data import CLASS_NAMES, Dataset, to_float
+from common.data import CLASS_NAMES, IMAGE_SIZE, Dataset, to_float
 from common.model import Classifier, predict_logits
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IMAGE_SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 BATCH_SIZE = 250
-# Of the universal perturbation; twice as many steps or images change little.
+# Settings of the universal perturbation; twice as many steps or images change little.
 UNIVERSAL_STEPS = 50
-FIRST_STEP_SIZE = 0.4  # of epsilon; later steps get smaller, down to 0
+FIRST_STEP_SIZE = 0.4  # of epsilon; it decays linearly to 0
 IMAGES_PER_CLASS = 20  # in a batch
-LOSS_CAP = 1.5  # an image with a higher loss is misclassified for good
-CHECKED_PER_CLASS = 50
+LOSS_CAP = 1.5  # an image with a higher loss is clearly misclassified
+CHECKED_PER_CLASS = 50  # images of the final check
 
 Model = Callable[[Tensor], Tensor]  # from images to logits
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +39,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def clamped_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each image, [B], at most LOSS_CAP (Shafahi et al., 2020).
 
-    Images that are misclassified already have no gradient, and can't outweigh the others.
+    Images that are clearly misclassified have no gradient, so they can't outweigh the others.
     """
     return cross_entropy(logits, labels).clamp(max=LOSS_CAP)
 
@@ -48,7 +49,7 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of each image's loss, [B, 3, 32, 32], and the logits, [B, C].
 
-    The parameters' own gradients are not touched.
+    The gradients of the parameters are not changed.
     """
     images = images.detach().requires_grad_()
     logits = model(images).float()
@@ -57,16 +58,16 @@ def input_gradient(
 
 
 def project(images: Tensor, originals: Tensor, epsilon: float) -> Tensor:
-    """Return the nearest images that are within epsilon of the originals and in [0, 1]."""
+    """Project images onto the L-infinity ball around the originals, and onto [0, 1]."""
     return (originals + (images - originals).clamp(-epsilon, epsilon)).clamp(0, 1)
 
 
 def random_noise(epsilon: float) -> Tensor:
-    """Return noise that knows nothing of the model, [3, 32, 32]: each pixel +epsilon or -epsilon.
+    """Return random noise, [3, 32, 32]: each pixel +epsilon or -epsilon.
 
-    It is as large as an attack may be, so it shows what the size alone does.
+    It is as large as an attack may be, so it is the baseline for attacks.
     """
-    return epsilon * (2.0 * torch.randint(0, 2, (3, 32, 32)) - 1)
+    return epsilon * (2.0 * torch.randint(0, 2, IMAGE_SHAPE) - 1)
 
 
 def fgsm(model: Model, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
@@ -74,7 +75,7 @@ def fgsm(model: Model, images: Tensor, labels: Tensor, epsilon: float) -> Tensor
 
     Args:
         images: [B, 3, 32, 32] in [0, 1].
-        labels: the right classes, int64 [B].
+        labels: the true classes, int64 [B].
         epsilon: in pixel units, up to 1.
 
     Returns:
@@ -96,26 +97,26 @@ def pgd(
     targeted: bool = False,
     stop_early: bool = True,
 ) -> Tensor:
-    """Projected gradient descent (Madry et al., 2018): small steps of FGSM, kept in the ball.
+    """Projected gradient descent (Madry et al., 2018): FGSM steps, projected onto the epsilon ball.
 
     Without a random start it is the iterative FGSM of Kurakin et al. (2017).
 
     Args:
         images: [B, 3, 32, 32] in [0, 1].
-        labels: the right classes, int64 [B]; with `targeted`, those the model shall predict.
+        labels: the true classes, int64 [B]; with `targeted`, the classes to be predicted instead.
         epsilon: in pixel units, up to 1.
-        alpha: step size in pixel units; without it 2.5 epsilon / steps, as in the paper.
+        alpha: step size in pixel units; None means 2.5 epsilon / steps, as in the paper.
         random_start: start at a random point of the ball, not at the image.
-        restarts: how many times to try, each from another random start.
-        targeted: go down the loss instead of up.
-        stop_early: leave an image alone once the attack on it has succeeded. It saves most of
-            the work, and restarts and further steps can't make the attack weaker.
+        restarts: number of attempts, each from another random start.
+        targeted: decrease the loss instead of increasing it.
+        stop_early: stop changing an image once it is misclassified. This saves most of the work,
+            and further steps and restarts can't undo a success.
 
     Returns:
         adversarial images, [B, 3, 32, 32] in [0, 1].
     """
     if restarts > 1 and not random_start:
-        raise ValueError("restarts need a random start: without it all are the same")
+        raise ValueError("restarts need a random start: without it, all are the same")
     alpha = 2.5 * epsilon / steps if alpha is None else alpha
     alpha = -alpha if targeted else alpha
 
@@ -148,12 +149,12 @@ def _random_start(images: Tensor, radius: float) -> Tensor:
 
 
 def trades_perturbation(model: Classifier, images: Tensor, epsilon: float) -> Tensor:
-    """Return images that change the model's output: the inner step of TRADES, in a single step.
+    """Return images that change the model's output: the inner maximization of TRADES, in one step.
 
     One step of size epsilon up the KL divergence between the outputs for the images and for
     others close by (at the images themselves its gradient is 0). Zhang et al. (2019) take ten
-    small steps. As in their code the model is in eval mode meanwhile: batch norm's statistics
-    stay as they are, and no dropout weakens the attack.
+    small steps. As in their code, the model is in eval mode during this step: batch norm's
+    statistics do not change, and dropout does not weaken the attack.
 
     Args:
         images: [B, 3, 32, 32] in [0, 1].
@@ -183,23 +184,23 @@ def universal_perturbation(
 ) -> Tensor:
     """Fit one perturbation for all images (Moosavi-Dezfooli et al., 2017; Shafahi et al., 2020).
 
-    It starts at random in the epsilon ball. Each step goes up the clamped loss of a batch, then
-    back into the ball. A batch holds each class in equal parts, or fooling the model with cars
-    alone would be enough.
+    It starts at random in the epsilon ball. Each step increases the clamped loss of a batch, then
+    projects onto the ball. Batches are class-balanced: otherwise, fooling the model on cars alone
+    would be enough.
 
     Args:
-        dataset: training images: on images that it was fitted to, it would look stronger.
+        dataset: training images; on images that it was fitted to, it looks stronger than it is.
         epsilon: in pixel units, up to 1.
-        seed: of the start and of the batches.
-        to_next_label: go down the loss of the next label (label + 1) instead, as the report did:
-            cars are to become trucks, trucks cats, and cats cars.
+        seed: for the start and the batches.
+        to_next_label: decrease the loss of the next label (label + 1) instead, as the report did:
+            cars should become trucks, trucks cats, and cats cars.
 
     Returns:
         [3, 32, 32]; zeros if it does not lower the balanced accuracy on training images.
     """
     torch.manual_seed(seed)
     device = next(model.parameters()).device
-    noise = torch.empty(3, 32, 32, device=device).uniform_(-epsilon, epsilon)
+    noise = torch.empty(IMAGE_SHAPE, device=device).uniform_(-epsilon, epsilon)
     for step in range(steps):
         index = _draw_per_class(dataset.labels, IMAGES_PER_CLASS)
         images = to_float(dataset.images[index]).to(device)
@@ -226,16 +227,15 @@ def universal_perturbation(
 
 
 def _draw_per_class(labels: Tensor, count: int) -> Tensor:
-    """Return the indices of `count` images of each class there is, with replacement."""
+    """Return the indices of `count` images of each class, drawn with replacement."""
     members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
     return torch.cat([own[torch.randint(len(own), (count,))] for own in members])
 
 
 def _random_view(model: Classifier) -> Model:
-    """Return the model with one random view in place of all that it averages over.
+    """Return the model with one random view instead of test-time augmentation.
 
-    Over many steps the gradient is about the same (Athalye et al., 2018), at a fraction of the
-    time.
+    Its gradient is the same in expectation (Athalye et al., 2018), at a fraction of the time.
     """
 
     def forward(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How every script behaves at the terminal: options, errors, tables, and result files."""
+"""The command line of every script: options, errors, tables, and result files."""
 
 import argparse
 import functools
@@ -20,8 +20,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 PROJECT = Path(__file__).resolve().parent.parent
-LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
-LARGEST_JSON = 2**26  # bytes
+MAX_SEED = 2**32 - 1  # numpy takes no larger one
+MAX_JSON_SIZE = 2**26  # bytes
 FIGURE_DPI = 150
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
 PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
@@ -31,16 +31,16 @@ class UserError(Exception):
     """A user's mistake: shown as one line on stderr, with exit status 2."""
 
 
-# ---- what is printed ------------------------------------------------------------------------
+# ---- printed output -------------------------------------------------------------------------
 
 
 def clean(text: str) -> str:
-    """Replace characters that could steer the terminal, such as ESC in a file's name."""
+    """Replace characters that could control the terminal, such as ESC in a file's name."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def show(value: object) -> str:
-    """Describe a value that came from a file in a few words, however large or odd it is."""
+def safe_repr(value: object) -> str:
+    """Describe a value from an untrusted file briefly, however large or odd it is."""
     if value is None or isinstance(value, bool | float):
         return repr(value)
     if isinstance(value, int):
@@ -69,11 +69,11 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line, where argparse prints its whole usage text."""
+    """Reports a mistake in one line, where argparse prints its whole usage text."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        # argparse takes -1,1 for an option unless it looks like a negative number.
+        # argparse mistakes -1,1 for an option unless it looks like a negative number.
         self._negative_number_matcher = re.compile(r"^-\.?\d")
 
     def error(self, message: str) -> None:
@@ -97,8 +97,8 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
         default="auto",
         metavar="NAME-OR-PATH",
         help="a folder with train.pickle and dev.pickle, or with train/<class>/ and dev/<class>/ "
-        "full of image files; or cifar10; or synthetic; auto takes the first there is of "
-        "a set in data/, cifar10, synthetic",
+        "full of image files; or cifar10; or synthetic; auto takes the first available of "
+        "a data set in data/, cifar10, synthetic",
     )
     parser.add_argument(
         "--seed",
@@ -107,9 +107,11 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
         metavar="N[,N...]" if several_seeds else "N",
         help="random seed" + ("; several, as in 0,1,2, give several runs" if several_seeds else ""),
     )
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto takes the first")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for the results, not results/<data>"
+        "--device", default="auto", help="cuda, mps or cpu; auto takes the first available"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the results, instead of results/<data>"
     )
     parser.add_argument(
         "--quick", action="store_true", help="a dry run on few images; its numbers mean nothing"
@@ -120,13 +122,14 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
 def add_checkpoint_option(
     parser: argparse.ArgumentParser, without: str, several: bool = False
 ) -> None:
-    """Add --checkpoint and --pixel-range; `without` says what is used if none is named."""
+    """Add --checkpoint and --pixel-range; `without` describes the default."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
         metavar="FILE",
         nargs="+" if several else None,
-        help=f"a checkpoint of ours, or a bare one of the course; without it, {without}",
+        help="a checkpoint written by training.py, or a bare one (weights only); "
+        f"without it, {without}",
     )
     parser.add_argument(
         "--pixel-range",
@@ -137,9 +140,9 @@ def add_checkpoint_option(
 
 
 def natural_number(text: str) -> int:
-    """Parse a whole number from 0 to LARGEST_SEED."""
-    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) > LARGEST_SEED:
-        message = f"{text[:20]!r} is not a whole number from 0 to {LARGEST_SEED}"
+    """Parse a whole number from 0 to MAX_SEED."""
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) > MAX_SEED:
+        message = f"{text[:20]!r} is not a whole number from 0 to {MAX_SEED}"
         raise argparse.ArgumentTypeError(message)
     return int(text)
 
@@ -168,7 +171,7 @@ def seed_list(text: str) -> list[int]:
 
 
 def pixel_range(text: str) -> tuple[float, float]:
-    """Parse a pixel range; only two are in use, any other is a typing mistake."""
+    """Parse a pixel range; only two are in use, any other is a typo."""
     ranges = {"0,1": (0.0, 1.0), "-1,1": (-1.0, 1.0)}
     if text not in ranges:
         raise argparse.ArgumentTypeError(f"{text!r} is neither 0,1 nor -1,1")
@@ -176,7 +179,7 @@ def pixel_range(text: str) -> tuple[float, float]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main(), and end in one line where a traceback would not help."""
+    """Call a script's main(); report expected errors in one line instead of a traceback."""
     try:
         _prepare_process()
         main()
@@ -187,7 +190,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         say("\nstopped; files that were already written are whole", error=True)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has gone
+    except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -196,12 +199,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _prepare_process() -> None:
-    """Settle how this process is stopped and how it prints."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, cleaning up
+    """Set up how this process is stopped and how it prints."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same cleanup as for Ctrl-C
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-        getattr(sys, name).reconfigure(errors="replace")  # not every terminal has all letters
+        getattr(sys, name).reconfigure(errors="replace")  # not every terminal has all characters
     if PARENT in os.environ:
         threading.Thread(target=_stop_with, args=[int(os.environ[PARENT])], daemon=True).start()
 
@@ -213,11 +216,11 @@ def _stop_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-# ---- files that are read --------------------------------------------------------------------
+# ---- input files ----------------------------------------------------------------------------
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """Return what is in a file of at most `limit` bytes.
+    """Return the contents of a file of at most `limit` bytes.
 
     Raises:
         UserError: it can't be read, or is larger.
@@ -236,13 +239,13 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Return what is in a JSON file.
+    """Return the contents of a JSON file.
 
     Raises:
-        UserError: it can't be read, or is none.
+        UserError: it can't be read, or is not JSON.
     """
     try:
-        return json.loads(read_bytes(path, LARGEST_JSON))
+        return json.loads(read_bytes(path, MAX_JSON_SIZE))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file, or cut short") from error
 
@@ -251,7 +254,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: `path` is whole or as it was.
+    """Let `write` fill a temporary file, then rename it: `path` is complete or unchanged.
 
     Raises:
         UserError: it can't be written.
@@ -267,12 +270,12 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def render(template: str, **values: Any) -> str:
-    """Return an HTML page: a template of the project, filled in."""
+    """Return an HTML page from a template of the project."""
     return _templates().get_template(template).render(**values)
 
 
@@ -293,7 +296,7 @@ def versions() -> dict[str, str]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what write_atomic left behind in processes that were killed."""
+    """Remove temporary files of write_atomic whose processes were killed."""
     for part in folder.glob(".*.part*"):
         found = re.search(r"\.(\d{1,9})\.part", part.name)
         if found and not is_running(int(found[1])):
@@ -301,8 +304,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Tell whether there is a process with this id."""
-    if os.name == "nt":  # there os.kill would end the process instead of asking for it
+    """Return whether a process with this id is running."""
+    if os.name == "nt":  # there, os.kill would end the process
         return process == os.getpid()
     try:
         os.kill(process, 0)
@@ -314,14 +317,14 @@ def is_running(process: int) -> bool:
 
 
 class Results:
-    """The folder that a script writes to, and what all of its files say of their origin.
+    """The folder that a script writes to, and the origin that all of its files state.
 
     Args:
         arguments: the parsed options.
         data: metadata of the data (`common.data.describe`); its name names the folder.
 
     Raises:
-        UserError: the folder can't be written to: found out before any long work.
+        UserError: the folder can't be written to (checked before any long work).
     """
 
     def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
@@ -340,7 +343,7 @@ class Results:
             say("QUICK DRY RUN on a few images: its numbers mean nothing\n")
 
     def save(self, name: str, write: Callable[[Path], Any]) -> None:
-        """Write the file `name`, whole or not at all."""
+        """Write the file `name` atomically."""
         write_atomic(self.folder / name, write)
         self.written.append(self.folder / name)
 
@@ -349,7 +352,7 @@ class Results:
         self.save(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_json(self, step: str, numbers: dict[str, Any]) -> None:
-        """Write `<step>.json`: the numbers, and all that is needed to get them again."""
+        """Write `<step>.json`: the numbers, and all that is needed to reproduce them."""
         origin = {"step": step, "data": self.data, "settings": self.settings}
         content = _to_json(origin | {"versions": versions()} | numbers)
         self.save_text(f"{step}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -371,7 +374,7 @@ class Results:
         self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=FIGURE_DPI))
 
     def print_written(self) -> None:
-        """Say where everything is."""
+        """Print the names of all written files."""
         names = ", ".join(dict.fromkeys(path.name for path in self.written))
         lines = textwrap.fill(names, 98, break_on_hyphens=False)
         say(f"\nwritten to {self.folder}:\n{textwrap.indent(lines, '  ')}")

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.cli import PROJECT, UserError, read_bytes, read_json, say, show
+from common.cli import PROJECT, UserError, read_bytes, read_json, safe_repr, say
 from data.course import read_course_pickle
 
 import numpy as np
@@ -33,10 +33,10 @@ QUICK_COUNT = 60  # images per class in a dry run
 
 DATA_FOLDER = PROJECT / "data"
 PREPARED = ("cifar10", "synthetic")  # made by data/cifar10.py and data/synthetic.py
-OTHER_SPLITS = ("val", "valid", "validation", "test")  # names that others use; worth a remark
+OTHER_SPLITS = ("val", "valid", "validation", "test")  # names that others use; noted, not read
 
-LARGEST_FILE = 2**24  # bytes, of an image or of label corrections
-MOST_PIXELS = 50_000_000  # of an image that is scaled down
+MAX_FILE_SIZE = 2**24  # bytes, of an image or of label corrections
+MAX_PIXELS = 50_000_000  # of an image that is to be scaled down
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Dataset:
         name: where it came from, such as `synthetic` or the name of a folder.
         split: `train` or `dev`.
         images: uint8 [N, 3, 32, 32].
-        labels: int64 [N], indices in CLASS_NAMES, as given: some may be wrong.
+        labels: int64 [N], indices into CLASS_NAMES; some may be wrong.
         true_labels: int64 [N] where they are known, else None.
     """
 
@@ -84,7 +84,7 @@ class Dataset:
         return self.subset(torch.cat(members).flatten().sort().values)
 
     def metadata(self) -> dict[str, Any]:
-        """Return what result files and checkpoints say about this split."""
+        """Return this split's entry in result files and checkpoints."""
         counts = dict(zip(CLASS_NAMES, self.class_counts, strict=True))
         wrong = None if self.true_labels is None else int((self.labels != self.true_labels).sum())
         return {"fingerprint": self.fingerprint, "class_counts": counts, "wrong_labels": wrong}
@@ -113,14 +113,14 @@ class DataFolder:
     path: Path
 
     def has(self, split: str) -> bool:
-        """Tell whether there is such a split."""
+        """Return whether the folder has this split."""
         return self._pickle(split).is_file() or (self.path / split).is_dir()
 
     def load(self, split: str, quick: bool = False) -> Dataset:
         """Load and check `train` or `dev`; `quick` keeps the first 60 images of each class.
 
         Raises:
-            UserError: the split is missing, broken, not of the right form, or lacks a class.
+            UserError: the split is missing, broken, in the wrong format, or lacks a class.
         """
         if not self.has(split):
             raise UserError(f"{self.path}: has neither {split}.pickle nor {split}/<class>/*.png")
@@ -146,7 +146,8 @@ class DataFolder:
         labels = content.get(split) if isinstance(content, dict) else None
         whole = isinstance(labels, list) and len(labels) == count
         if not whole or not all(type(y) is int and 0 <= y < len(CLASS_NAMES) for y in labels):
-            raise UserError(f"{path}: {split} must be a list of {count} labels from 0 to 2")
+            last = len(CLASS_NAMES) - 1
+            raise UserError(f"{path}: {split} must be a list of {count} labels from 0 to {last}")
         return torch.tensor(labels)
 
 
@@ -157,7 +158,7 @@ def open_data(name_or_path: str) -> DataFolder:
         name_or_path: `auto`, `cifar10`, `synthetic`, or the path of a folder.
 
     Raises:
-        UserError: the name is unknown, the folder holds no images, or CIFAR-10 is out of reach.
+        UserError: the name is unknown, the folder has no images, or CIFAR-10 can't be downloaded.
     """
     if name_or_path == "auto":
         return _open_first()
@@ -218,7 +219,7 @@ def _check_classes(dataset: Dataset, cause: str) -> None:
 # ---- folders of image files -----------------------------------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")  # Pillow knows others that start programs
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")  # for some others Pillow starts programs
 NAMED_FILES = 5
 
 
@@ -274,19 +275,20 @@ def read_image(path: Path, resize: bool = False) -> Tensor:
     """Return a file's image, uint8 [3, 32, 32].
 
     Args:
-        resize: take any size, and scale down the square in its middle; else refuse other sizes.
+        resize: accept any size, and scale the central square; without it, other sizes are refused.
 
     Raises:
         UserError: not a readable image, too large, or of another size.
     """
-    content = io.BytesIO(read_bytes(path, LARGEST_FILE))
+    content = io.BytesIO(read_bytes(path, MAX_FILE_SIZE))
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(content, formats=FORMATS) as file:
             width, height = file.size
-            if resize and width * height > MOST_PIXELS:
+            if resize and width * height > MAX_PIXELS:
                 raise UserError(f"{path}: is {width}x{height} pixels, too many")
             if not resize and file.size != (IMAGE_SIZE, IMAGE_SIZE):
-                raise UserError(f"{path}: is {width}x{height} pixels, it must be 32x32")
+                needed = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
+                raise UserError(f"{path}: is {width}x{height} pixels, it must be {needed}")
             image = _to_rgb(ImageOps.exif_transpose(file))
             if resize:
                 image = ImageOps.fit(image, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
@@ -299,7 +301,7 @@ def read_image(path: Path, resize: bool = False) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to 8 bits, and show on white what is transparent."""
+    """Scale 16-bit gray to 8 bits, and put transparent images on white."""
     if image.mode.startswith("I"):
         gray = np.array(image).astype(np.float32)
         gray[gray == image.info.get("transparency")] = 65535
@@ -312,12 +314,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 # ---- near-duplicates ------------------------------------------------------------------------
 
-# Pixels that correlate this much are nearly always the same photograph, brightened or moved by a
-# pixel; now and then they are two plain landscapes.
+# Images whose pixels correlate this much are nearly always the same photograph, made brighter or
+# shifted by a pixel; occasionally they are two plain landscapes.
 DUPLICATE_CORRELATION = 0.9
-BLOCK = 2048  # images compared with as many others at a time, to bound the memory
-MOST_PAIRS = 100_000
-COARSE = 4  # pixels in each direction that shrinking averages
+BLOCK = 2048  # images per side of a comparison, to limit memory
+MAX_PAIRS = 100_000
+COARSE = 4  # shrinking averages blocks of 4x4 pixels
 ROUNDING = 1e-4
 
 
@@ -326,20 +328,20 @@ def near_duplicates(images: Tensor, others: Tensor | None = None) -> list[tuple[
 
     Args:
         images: uint8 [N, 3, 32, 32].
-        others: uint8 [M, 3, 32, 32]; without them, pairs i < j within `images` are sought.
+        others: uint8 [M, 3, 32, 32]; without them, pairs i < j within `images`.
 
     Returns:
-        (index in images, index in others, correlation of the pixels), the most alike first;
-        at most MOST_PAIRS of them.
+        (index in images, index in others, correlation of the pixels), most similar first;
+        at most MAX_PAIRS of them.
     """
     i, j, correlation = _correlated_pairs(images, others)
-    order = correlation.argsort(descending=True, stable=True)[:MOST_PAIRS]
+    order = correlation.argsort(descending=True, stable=True)[:MAX_PAIRS]
     values = correlation[order].clamp(max=1).tolist()
     return list(zip(i[order].tolist(), j[order].tolist(), values, strict=True))
 
 
 def duplicate_groups(images: Tensor) -> Tensor:
-    """Return a group for each image, int64 [N]: near-duplicates share one."""
+    """Return a group number for each image, int64 [N]; near-duplicates share one."""
     i, j, correlation = (values.numpy() for values in _correlated_pairs(images))
     graph = coo_array((correlation, (i, j)), shape=(len(images), len(images)))
     return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
@@ -362,9 +364,9 @@ def _correlated_pairs(
 def _candidate_pairs(images: Tensor, others: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the few i and j that may be near-duplicates, block by block; none is missed.
 
-    Shrunk images are compared: what shrinking leaves out of two images adds at most the product
-    of its lengths to their correlation (Cauchy and Schwarz). This is five times as fast as
-    comparing all pixels.
+    Shrunk images are compared. What shrinking removes from two images adds at most the product of
+    its norms to their correlation (Cauchy-Schwarz). This is five times as fast as comparing all
+    pixels.
     """
     blocks = [_shrink(block) for block in images.split(BLOCK)]
     other_blocks = blocks if others is None else [_shrink(block) for block in others.split(BLOCK)]
@@ -383,7 +385,7 @@ def _candidate_pairs(images: Tensor, others: Tensor | None) -> Iterator[tuple[Te
 
 
 def _shrink(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return standardized images, shrunk, [N, 3, 8, 8], and the length of what that left out."""
+    """Return standardized images, shrunk, [N, 3, 8, 8], and the norm of what shrinking removed."""
     pixels = _standardize(images)
     shrunk = F.avg_pool2d(pixels, COARSE) * COARSE
     left = pixels.square().sum(dim=(1, 2, 3)) - shrunk.square().sum(dim=(1, 2, 3))
@@ -391,9 +393,9 @@ def _shrink(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standardize(images: Tensor) -> Tensor:
-    """Return images with mean 0 and length 1: brightness and contrast are gone.
+    """Return images with mean 0 and norm 1, independent of brightness and contrast.
 
-    Their scalar products are correlations. An image of a single color has none, and gives zeros.
+    Their dot products are correlations. An image of a single color becomes all zeros.
     """
     pixels = to_float(images)
     pixels = pixels - pixels.mean(dim=(1, 2, 3), keepdim=True)
@@ -409,8 +411,8 @@ def _correlate(images: Tensor, others: Tensor) -> Tensor:
 
 # ---- label corrections ----------------------------------------------------------------------
 #
-# A table for any spreadsheet. Its first line names the data by its fingerprint; whoever doubts a
-# suggestion writes `no` in its last column:
+# A CSV file that any spreadsheet can edit. Its first line names the data by its fingerprint; to
+# reject a suggestion, write `no` in the last column:
 #
 #     # labels of synthetic, train, fingerprint 0123456789ab
 #     index,given,suggested,confidence,accept
@@ -427,9 +429,9 @@ class Correction:
 
     Attributes:
         index: of the image in its split.
-        given: its label, an index in CLASS_NAMES.
+        given: its label, an index into CLASS_NAMES.
         suggested: the label that it should have.
-        confidence: probability that the suggestion is right, as the models see it.
+        confidence: the models' probability that the suggestion is right.
         accept: whether to apply it.
     """
 
@@ -470,12 +472,12 @@ def format_corrections(dataset: Dataset, corrections: Sequence[Correction]) -> s
 
 
 def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
-    """Read a CSV file of corrections, also in the forms that spreadsheets save it in.
+    """Read a CSV file of corrections, also as spreadsheets save it.
 
     Raises:
         UserError: there is no such file, it is broken, or it was made for other data.
     """
-    content = read_bytes(path, LARGEST_FILE)
+    content = read_bytes(path, MAX_FILE_SIZE)
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     lines = content.decode(encoding, errors="replace").splitlines()
     lines = [line for line in lines if line.strip(' ,;\t"') and not line.startswith("sep=")]
@@ -484,7 +486,7 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
         raise UserError(f"{path}: its first line does not name the data that it belongs to")
     if found[1] != dataset.fingerprint:
         raise UserError(
-            f"{path}: is for data with fingerprint {show(found[1])}; "
+            f"{path}: is for data with fingerprint {safe_repr(found[1])}; "
             f"{dataset.name}, {dataset.split} has {dataset.fingerprint}"
         )
     rows = {}
@@ -497,7 +499,7 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
 
 
 def _split_rows(path: Path, lines: list[str]) -> list[list[str]]:
-    """Return the cells of each row; the separator is the one that splits the header right."""
+    """Return the cells of each row; the separator is the one that splits the header correctly."""
     for separator in ",;\t":
         try:
             rows = list(csv.reader(lines, delimiter=separator))
@@ -518,8 +520,8 @@ def _parse_row(path: Path, row: list[str], dataset: Dataset) -> Correction:
 
     def check(condition: object, column: str, value: str, expected: str) -> None:
         if not condition:
-            row_name = f"the row of index {show(index)}"
-            raise UserError(f"{path}, {row_name}: {column} is {show(value)}, not {expected}")
+            row_name = f"the row of index {safe_repr(index)}"
+            raise UserError(f"{path}, {row_name}: {column} is {safe_repr(value)}, not {expected}")
 
     classes = ", ".join(CLASS_NAMES)
     known = re.fullmatch(r"\d{1,9}", index, re.ASCII) and int(index) < len(dataset)

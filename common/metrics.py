@@ -1,4 +1,4 @@
-"""Scores for imbalanced classes, how far they can be trusted, and fair comparisons of models.
+"""Scores for imbalanced classes, their confidence intervals, and paired comparisons of models.
 
 All functions take NumPy arrays, torch tensors or lists, and return NumPy arrays or plain numbers.
 """
@@ -41,7 +41,7 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     Recall is the fraction of a class's images that are classified correctly, NaN for a class
     without images. Precision is the fraction of a class's predictions that are correct, 0 for a
     class that is never predicted. Balanced accuracy is the mean of the recalls. G-mean is their
-    geometric mean (Kubat and Matwin 1997; Sun, Kamel and Wang 2006): 0 as soon as one of them is.
+    geometric mean (Kubat and Matwin 1997; Sun, Kamel and Wang 2006): 0 if any of them is 0.
 
     Returns:
         accuracy, balanced_accuracy, g_mean: [...] each; recall, precision: [..., C].
@@ -50,17 +50,24 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     correct = np.diagonal(confusion, axis1=-2, axis2=-1)
     counts = confusion.sum(axis=-1)
     recall = np.where(counts > 0, correct / np.maximum(counts, 1), np.nan)
-    return {
-        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),
-        "balanced_accuracy": recall.mean(axis=-1),
-        "g_mean": _geometric_mean(recall),
+    return scores_from_recalls(recall, counts / counts.sum(axis=-1, keepdims=True)) | {
+        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),  # also where a recall is NaN
         "recall": recall,
         "precision": correct / np.maximum(confusion.sum(axis=-2), 1),
     }
 
 
-def _geometric_mean(recalls: np.ndarray) -> np.ndarray:
-    return recalls.prod(axis=-1) ** (1 / recalls.shape[-1])
+def scores_from_recalls(recalls: np.ndarray, fractions: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each score in SCORE_TITLES, [...], from recalls [..., C].
+
+    Args:
+        fractions: of the images that are in each class, [..., C] or [C].
+    """
+    return {
+        "accuracy": (recalls * fractions).sum(axis=-1),
+        "balanced_accuracy": recalls.mean(axis=-1),
+        "g_mean": recalls.prod(axis=-1) ** (1 / recalls.shape[-1]),
+    }
 
 
 def evaluate(labels: ArrayLike, predicted: ArrayLike, seed: int = 0) -> dict[str, Any]:
@@ -138,8 +145,8 @@ def intervals(confusion: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     """Return the 95% interval of each score of a confusion matrix [C, C].
 
     Recall and precision: Jeffreys; accuracy: Wilson; balanced accuracy and G-mean: draws from the
-    recalls' posteriors (Brodersen et al. 2010). Of the precision of a class that is never
-    predicted nothing is known: [0, 1].
+    recalls' posteriors (Brodersen et al. 2010). The interval for the precision of a class that is
+    never predicted is [0, 1].
 
     Returns:
         the keys of `scores`, with a last axis (low, high).
@@ -147,27 +154,24 @@ def intervals(confusion: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     correct, counts = np.diagonal(confusion), confusion.sum(axis=1)
     generator = np.random.default_rng(seed)
     recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
-    now = scores(confusion)
-    means = _interval_around(recalls.mean(axis=1), now["balanced_accuracy"])
-    g_means = _interval_around(_geometric_mean(recalls), now["g_mean"])
+    values, draws = scores(confusion), scores_from_recalls(recalls, counts / counts.sum())
+    found = {score: _interval_around(draws[score], values[score]) for score in draws}
     if (correct == 0).any():
-        g_means[0] = 0.0
+        found["g_mean"][0] = 0.0
     if (correct == 0).all():
-        means[0] = 0.0
+        found["balanced_accuracy"][0] = 0.0
     if (correct == counts).all():
-        means[1] = g_means[1] = 1.0
+        found["balanced_accuracy"][1] = found["g_mean"][1] = 1.0
     columns = zip(correct, confusion.sum(axis=0), strict=True)
-    return {
+    return found | {
         "accuracy": np.array(wilson_interval(correct.sum(), counts.sum())),
-        "balanced_accuracy": means,
-        "g_mean": g_means,
         "recall": np.array([jeffreys_interval(*row) for row in zip(correct, counts, strict=True)]),
         "precision": np.array([jeffreys_interval(*column) for column in columns]),
     }
 
 
 def _interval_around(draws: np.ndarray, value: float) -> np.ndarray:
-    """Return the middle 95% of draws, widened to hold the value itself if it has to be."""
+    """Return the central 95% of the draws, widened to contain the value if necessary."""
     low, high = np.quantile(draws, TAILS)
     return np.array([np.fmin(low, value), np.fmax(high, value)])
 
@@ -182,19 +186,19 @@ def compare(
     score: str = "g_mean",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return how much better `predicted` [S, N] or [N] is than `baseline`, on the same images.
+    """Compare the predictions `predicted` [S, N] or [N] with `baseline`, on the same images.
 
     Bayesian bootstrap (Rubin 1981): in each draw, the images of a class get random weights, the
-    same for both models, so that what is hard for both cancels out. Half a pseudo-image for each
-    joint outcome (none, one, the other or both are correct) stands for what these few images did
-    not happen to show: without it, two perfect models would differ by 0 for certain. With S runs
+    same for both models, so that images that are hard for both cancel out. Half a pseudo-image
+    for each joint outcome (neither, one, the other or both correct) accounts for outcomes that
+    these few images lack: without it, two perfect models would differ by exactly 0. With S runs
     (seeds), run i is compared to run i, and a t-distributed term adds the spread over the runs.
-    Part of that spread is chance in the images again, so with several runs the interval is rather
-    too wide than too narrow (in simulations it covers 97 to 100%).
+    Part of that spread comes from the choice of images, which then counts twice: with several
+    runs, the interval is conservative (in simulations it covers 97 to 100%).
 
     Returns:
-        `difference` of the mean scores, its 95% `interval`, the number of `runs`, and what that
-        means, as `text`.
+        `difference` of the mean scores (above 0 if `predicted` is better), its 95% `interval`, the
+        number of `runs`, and the result in words, `text`.
     """
     labels = np.asarray(labels)
     correct = [np.atleast_2d(np.asarray(runs)) == labels for runs in (baseline, predicted)]
@@ -220,7 +224,7 @@ def compare(
 def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Draw the recalls [DRAWS, 2 S] of one class from `correct` [2 S, images of the class].
 
-    Images with the same outcomes share one weight, a gamma variable of their number.
+    Images with the same outcomes share one weight, gamma-distributed with their number as shape.
     """
     patterns, counts = np.unique(correct, axis=1, return_counts=True)
     pairs = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])  # baseline correct?, predicted correct?
@@ -232,16 +236,13 @@ def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.nda
 
 def _per_run_difference(recalls: np.ndarray, fractions: np.ndarray, score: str) -> np.ndarray:
     """Return predicted - baseline [..., S] from recalls [..., 2 S, C], the baseline's first."""
-    if score == "g_mean":
-        values = _geometric_mean(recalls)
-    else:
-        values = recalls @ fractions if score == "accuracy" else recalls.mean(axis=-1)
+    values = scores_from_recalls(recalls, fractions)[score]
     baseline, predicted = np.split(values, 2, axis=-1)
     return predicted - baseline
 
 
 def describe_comparison(comparison: Mapping[str, Any]) -> str:
-    """Say in words which is better; what holds 0 in its interval is no difference."""
+    """Say in words which is better; an interval that contains 0 is no difference."""
     difference, (low, high) = comparison["difference"], comparison["interval"]
     if low > 0:
         text = f"better by {difference:.3f} [{low:.3f}, {high:.3f}]"
@@ -285,16 +286,16 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> f
 
 # ---- label noise ------------------------------------------------------------------------------
 
-# A label is doubted if it is wrong with a higher probability than this. By the models' own estimate
-# about as many labels are doubted then as are wrong.
-DOUBT = 0.35
+# The label filter rejects labels that are wrong with a higher probability than this. These are
+# about as many as are wrong by the models' own estimate.
+FILTER_THRESHOLD = 0.35
 
 
 def label_posterior(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """Return P(true label | image, given label), [N, C], where some of the labels are wrong.
+    """Return the label posterior, P(true label | image, given label), [N, C].
 
     Args:
-        logits: [N, C], out of fold: each by a model that was not trained on the image.
+        logits: [N, C], out of fold: each from a model that was not trained on the image.
         labels: as given, [N].
     """
     labels = np.asarray(labels)
@@ -310,8 +311,8 @@ def fit_label_noise(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, n
     given label that is modeled here, by P(true | image) @ transition, the forward correction of
     Patrini et al. (2017). P(true | image) is softmax(logits / temperature + bias), where the bias
     restores the class prior, which models trained on balanced classes lack. Temperature, bias and
-    transition matrix are those under which the given labels are most likely. One more image per
-    class, labeled correctly, settles what the data leave open: no label is wrong without evidence.
+    transition matrix are those under which the given labels are most likely. One extra,
+    correctly labeled image per class is the prior: without evidence, no label is wrong.
     """
     logits, labels = np.asarray(logits, dtype=float), np.asarray(labels)
     classes = logits.shape[1]
@@ -342,13 +343,13 @@ def fit_label_noise(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, n
 
 
 def trusted_labels(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """Return which given labels, bool [N], are wrong with a probability of at most DOUBT.
+    """Return which labels to trust, bool [N]: wrong with at most FILTER_THRESHOLD probability.
 
-    A class of which nothing would be left is trusted as a whole.
+    A class that would have no images left is trusted as a whole.
     """
     labels = np.asarray(labels)
     own = label_posterior(logits, labels)[np.arange(len(labels)), labels]
-    return keep_classes(own >= 1 - DOUBT, labels)
+    return keep_classes(own >= 1 - FILTER_THRESHOLD, labels)
 
 
 def keep_classes(kept: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The networks, prediction with them, and checkpoints from which a model can be rebuilt alone."""
+"""Networks, prediction, and checkpoints that are enough to rebuild a model."""
 
 import copy
 import functools
@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-COURSE_RANGE = (-1.0, 1.0)  # of the course's pixels, and so of its bare checkpoints
+COURSE_RANGE = (-1.0, 1.0)  # of the course's pixels; its checkpoints (weights only) expect it
 PREDICTION_BATCH = 500
-LARGEST_FILE = 2**28  # bytes, of a checkpoint; ours have a few million
-LARGEST_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
-LARGEST_PIXEL = 1000  # after normalization
-MOST_OPCODES = 200_000  # of the pickle in a checkpoint; ours have some thousand
-MOST_CONVERTED = 20  # lists and dicts that a pickle turns into sets and the like
+MAX_FILE_SIZE = 2**28  # bytes, of a checkpoint; ours have up to 2.4 million
+MAX_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
+MAX_PIXEL = 1000  # after normalization
+MAX_OPCODES = 200_000  # of the pickle in a checkpoint; ours have a few thousand
+MAX_CONVERTED = 20  # lists and dicts that a pickle turns into sets and the like
 
 
 def choose_device(name: str) -> torch.device:
@@ -65,8 +65,8 @@ def _cpu_has_bfloat16() -> bool:
 class Normalize(nn.Module):
     """The first layer of every model: maps pixels from [0, 1] to the range it was trained on.
 
-    As a part of the model it can't be forgotten, applied twice, or differ between training and
-    test.
+    As part of the model, it can't be forgotten, applied twice, or differ between training and
+    testing.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -82,9 +82,9 @@ class Classifier(nn.Module):
     """What all models share: normalization and test-time augmentation.
 
     Args:
-        pixel_range: the range that the layers behind `Normalize` are trained on.
+        pixel_range: the range that the layers after `Normalize` are trained on.
         tta_flip: in eval mode, average the logits with those of the mirrored image.
-        tta_shift: in eval mode, average with those of the image shifted by so many pixels up,
+        tta_shift: in eval mode, average with those of the image shifted by this many pixels up,
             down, left and right; 0 for none.
     """
 
@@ -114,7 +114,7 @@ class Classifier(nn.Module):
         return self.logits(self.normalize(images))
 
     def views(self, images: Tensor) -> list[Tensor]:
-        """Return what test-time augmentation makes of the images, themselves first."""
+        """Return the views for test-time augmentation, the images themselves first."""
         views, shift = [images], self.tta_shift
         if shift:
             height, width = images.shape[-2:]
@@ -221,8 +221,8 @@ def with_pixel_range(model: Classifier, pixel_range: tuple[float, float]) -> Cla
 def predict_logits(model: Classifier, images: Tensor, tta: bool = True) -> Tensor:
     """Return the logits, float32 [N, 3] on the CPU, of images, uint8 or float in [0, 1].
 
-    The model predicts in eval mode and is left in the mode that it was in. Without `tta`, it
-    looks at one view of each image only, which is faster.
+    The model predicts in eval mode and is returned to the mode that it was in. Without `tta`, it
+    sees only one view of each image, which is faster.
     """
     forward = model if tta else model.single_view
     device, was_training = next(model.parameters()).device, model.training
@@ -249,7 +249,7 @@ def save_checkpoint(
 
     Args:
         metadata: recipe, seed and data: numbers, short texts, lists and dicts of them.
-        training: what `load_training` gives back, so that the training can go on.
+        training: what `load_training` returns, so that training can be resumed.
     """
     content = {
         "model_state_dict": {name: w.detach().cpu() for name, w in model.state_dict().items()},
@@ -260,7 +260,7 @@ def save_checkpoint(
         "metadata": metadata,
         "training": training or {},
     }
-    buffer = io.BytesIO()  # torch.save answers a full disk with an error of its own
+    buffer = io.BytesIO()  # on a full disk, torch.save would not raise an OSError
     torch.save(content, buffer)
     path.write_bytes(buffer.getvalue())
 
@@ -268,12 +268,12 @@ def save_checkpoint(
 def load_checkpoint(
     file: Path | io.BytesIO, pixel_range: tuple[float, float] | None = None, name: str = ""
 ) -> tuple[Classifier, dict[str, Any]]:
-    """Rebuild a model from its checkpoint alone: one of ours, or a bare one of the course.
+    """Rebuild a model from one of our checkpoints, or from a bare one (weights only).
 
     Args:
         file: the checkpoint's path, or its content.
         pixel_range: the range that a bare checkpoint was trained on; None means [-1, 1].
-        name: what messages call the file; its path if empty.
+        name: the file's name in messages; its path if empty.
 
     Returns:
         the model in eval mode, and the checkpoint's metadata ({} for a bare one).
@@ -301,7 +301,7 @@ def load_checkpoint(
 
 
 def is_bare(file: Path | io.BytesIO, name: str = "") -> bool:
-    """Tell whether a checkpoint holds weights only, so that its pixel range is not known."""
+    """Return whether a checkpoint holds only weights, so that its pixel range is unknown."""
     return "pixel_range" not in _read(file, name or str(file))
 
 
@@ -312,7 +312,7 @@ def load_training(path: Path) -> dict[str, Any]:
 
 
 def describe_checkpoint(metadata: dict[str, Any]) -> str:
-    """Say in a few words how a checkpoint came about."""
+    """Return in a few words how a checkpoint was trained."""
     recipe, data = metadata.get("recipe"), metadata.get("trained_on")
     if not isinstance(recipe, dict) or not isinstance(data, dict):
         return "of unknown training"
@@ -322,9 +322,9 @@ def describe_checkpoint(metadata: dict[str, Any]) -> str:
 
 
 def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
-    """Read a file of torch.save that holds no code, and is not larger inside than outside."""
+    """Read a file of torch.save, refusing code, and contents larger than the file."""
     in_memory = isinstance(file, io.BytesIO)
-    raw = file.getvalue() if in_memory else cli.read_bytes(file, LARGEST_FILE)
+    raw = file.getvalue() if in_memory else cli.read_bytes(file, MAX_FILE_SIZE)
     try:
         if zipfile.is_zipfile(io.BytesIO(raw)):
             members = zipfile.ZipFile(io.BytesIO(raw)).infolist()
@@ -337,7 +337,7 @@ def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
                 _check_pickle(io.BytesIO(zipfile.ZipFile(io.BytesIO(raw)).read(pickle)), name)
         else:
             stream = io.BytesIO(raw)
-            for _ in range(5):  # of torch.save's old form: three of header, content, storages
+            for _ in range(5):  # torch.save's old format: 3 header pickles, content, keys
                 _check_pickle(stream, name)
         with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
             content = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
@@ -367,11 +367,11 @@ MAKERS = (
 
 
 def _check_pickle(stream: io.BytesIO, file: str) -> None:
-    """Refuse a pickle that has torch.load make more than tensors, lists and dicts.
+    """Refuse a pickle that makes torch.load build more than tensors, lists and dicts.
 
     It would run no code, but 900 bytes can ask it for the `torch.Size` of a `bytearray` of 2**31
-    zeros, which takes 34 GB and minutes. So functions that go through their argument get only what
-    the file holds item by item. The stack is followed as `pickletools.dis` does.
+    zeros, which takes 34 GB and minutes. So functions that iterate over their argument get only
+    what the file holds item by item. The stack is followed as `pickletools.dis` does.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -399,17 +399,17 @@ def _check_pickle(stream: io.BytesIO, file: str) -> None:
             pass
         elif name in ("REDUCE", "NEWOBJ") and isinstance(popped[0], str):
             numpy = popped[0].startswith(("numpy", "_codecs"))
-            what = "NumPy values or bytes" if numpy else cli.show(popped[0])
-            raise UserError(f"{file}: holds {what} beside weights; save the state_dict() alone")
+            what = "NumPy values or bytes" if numpy else cli.safe_repr(popped[0])
+            raise UserError(f"{file}: holds {what} besides weights; save only the state_dict()")
         elif name in ("REDUCE", "NEWOBJ") or (name == "BUILD" and popped[1] is not pydict):
             raise ValueError("what no checkpoint needs")
-        if number > MOST_OPCODES or converted > MOST_CONVERTED:
+        if number > MAX_OPCODES or converted > MAX_CONVERTED:
             raise ValueError("more than a checkpoint needs")
         stack += after
 
 
 def _weights_of(content: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """Return the state dict, under whatever key and prefixes common tools leave it."""
+    """Return the state dict, under the keys and prefixes that common tools use."""
     keys = ("model_state_dict", "state_dict", "model", "net")
     weights = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
     if not any(isinstance(weight, Tensor) for weight in weights.values()):
@@ -428,14 +428,14 @@ def _check_weights(weights: dict[str, Any], model: Classifier, name: str) -> Non
         if ours != theirs:
             kind = type(model).__name__
             raise UserError(
-                f"{name}: {cli.show(key)} is {theirs}, but {kind} has {ours}: not its weights"
+                f"{name}: {cli.safe_repr(key)} is {theirs}, but {kind} has {ours}: not its weights"
             )
     if not all(torch.isfinite(weight.float()).all() for weight in weights.values()):
         raise UserError(f"{name}: has weights that are NaN or infinite: its training diverged")
 
 
 def _shape_of(weight: Any) -> str:
-    """Describe a weight by its shape; whatever is not a plain dense tensor is named so."""
+    """Describe a weight by its shape, or say that it is not a plain dense tensor."""
     if weight is None:
         return "missing"
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
@@ -454,7 +454,7 @@ def _network_of(content: dict[str, Any], name: str) -> str:
     network = content.get("network", "CourseNet")
     if not isinstance(network, str) or network not in NETWORKS:
         known = ", ".join(NETWORKS)
-        raise UserError(f"{name}: network is {cli.show(network)}; known are {known}")
+        raise UserError(f"{name}: network is {cli.safe_repr(network)}; known are {known}")
     return network
 
 
@@ -466,18 +466,18 @@ def _pixel_range_of(content: dict[str, Any], name: str) -> tuple[float, float] |
     if (
         isinstance(values, Sequence)
         and len(values) == 2
-        and all(type(value) in (int, float) and abs(value) <= LARGEST_PIXEL for value in values)
+        and all(type(value) in (int, float) and abs(value) <= MAX_PIXEL for value in values)
     ):
         return float(values[0]), float(values[1])
-    right = f"two numbers from -{LARGEST_PIXEL} to {LARGEST_PIXEL}"
-    raise UserError(f"{name}: pixel_range is {cli.show(values)}; it must be {right}")
+    right = f"two numbers from -{MAX_PIXEL} to {MAX_PIXEL}"
+    raise UserError(f"{name}: pixel_range is {cli.safe_repr(values)}; it must be {right}")
 
 
 def _tta_shift_of(content: dict[str, Any], name: str) -> int:
     shift = content.get("tta_shift", 0)
-    if type(shift) is not int or not 0 <= shift <= LARGEST_TTA_SHIFT:
-        right = f"a whole number from 0 to {LARGEST_TTA_SHIFT}"
-        raise UserError(f"{name}: tta_shift is {cli.show(shift)}; it must be {right}")
+    if type(shift) is not int or not 0 <= shift <= MAX_TTA_SHIFT:
+        right = f"a whole number from 0 to {MAX_TTA_SHIFT}"
+        raise UserError(f"{name}: tta_shift is {cli.safe_repr(shift)}; it must be {right}")
     return shift
 
 
@@ -489,7 +489,7 @@ def _metadata_of(content: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Tell whether a value is small and would survive JSON."""
+    """Return whether a value is small and can be stored as JSON."""
     items, count = [(value, 0)], 0
     while items:
         item, depth = items.pop()

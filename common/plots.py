@@ -1,4 +1,4 @@
-"""What all figures share: colors, image grids, and curves over several runs."""
+"""Shared by all figures: colors, image grids, and curves over several runs."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from torch import Tensor
 
 # Okabe and Ito's palette: color-blind readers can tell its colors apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-CLASS_COLORS = PALETTE[:3]
-CLASS_MARKERS = ("o", "s", "^")
+CLASS_COLORS = PALETTE  # by label
+MARKERS = "os^Dv*XP"
 LINE_STYLES = ("-", "--", "-.", ":")
-LETTERS_PER_COLUMN = 13  # of an image grid's title
+LETTERS_PER_COLUMN = 13  # in an image grid's title
 
 
 def new_figure(
@@ -25,7 +25,7 @@ def new_figure(
 
 
 def literal(name: str) -> str:
-    """Return a name as matplotlib shows it letter by letter: a $ would start a formula."""
+    """Escape a name for matplotlib, where $ would start a formula."""
     return name.replace("$", r"\$")
 
 

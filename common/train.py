@@ -1,4 +1,4 @@
-"""How a model is trained: the loop, and what it uses: samplers, augmentation, optimizers."""
+"""The training loop, and what it uses: samplers, augmentation, optimizers, parallel runs."""
 
 import math
 import multiprocessing
@@ -44,20 +44,20 @@ def train(
 ) -> Classifier:
     """Train a new model to the recipe's last epoch.
 
-    The whole set is in the device's memory, and a batch is an index into it. All that is random
-    in an epoch follows from the seed and the epoch's number, so that a run that goes on from a
-    saved state ends like one that never stopped.
+    The whole set is in the device's memory, and a batch is an index into it. All randomness in an
+    epoch depends on the seed and the epoch's number only, so a resumed run ends like one that was
+    never stopped.
 
     Args:
         dataset: images whose label is IGNORE_INDEX are left out.
         after_epoch: called with the run and the losses of the epoch's steps.
-        state: of an earlier run with the same arguments, to go on from.
+        state: of an earlier run with the same arguments, to resume from.
 
     Returns:
-        the model of the last epoch, in eval mode: to choose an epoch by its score would flatter
-        that score.
+        the model of the last epoch, in eval mode. Choosing the epoch with the best score would
+        bias that score upward.
     """
-    torch.set_num_threads(recipe.threads)  # so that any machine adds numbers in the same order
+    torch.set_num_threads(recipe.threads)  # the order of floating-point sums depends on it
     torch.manual_seed(seed)
     kept = dataset.subset(torch.nonzero(dataset.labels != IGNORE_INDEX).flatten())
     images, labels = kept.images.to(device), kept.labels.to(device)
@@ -92,16 +92,16 @@ def train(
 def describe_run(
     recipe: Recipe, dataset: Dataset, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Return what a checkpoint says of the training that it came from."""
+    """Return a checkpoint's metadata about its training."""
     trained_on = {"name": dataset.name, **dataset.metadata()}
     return {"recipe": asdict(recipe), "seed": seed, "device": device.type, "trained_on": trained_on}
 
 
 class Run:
-    """What changes while a model is trained, so that it can be saved and loaded as a whole.
+    """All state that changes during training, to be saved and loaded as a whole.
 
     Attributes:
-        epoch: number of epochs done.
+        epoch: number of completed epochs.
         model: the model in training.
         ema: the exponential moving average of its weights, if the recipe has one.
     """
@@ -121,15 +121,15 @@ class Run:
 
     @property
     def result(self) -> Classifier:
-        """The model that counts, in eval mode: the average, if there is one."""
+        """The model to evaluate, in eval mode: the EMA, if there is one."""
         return (self.ema.module if self.ema else self.model).eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on."""
+        """Return all that is needed to resume."""
         return {"epoch": self.epoch, "parts": [part.state_dict() for part in self._parts()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
         for part, saved in zip(self._parts(), state["parts"], strict=True):
             part.load_state_dict(saved)
         self.epoch = state["epoch"]
@@ -142,13 +142,13 @@ class Run:
 def compute_loss(
     model: nn.Module, images: Tensor, targets: Tensor, recipe: Recipe, log_prior: Tensor
 ) -> Tensor:
-    """Return the loss of a batch: cross-entropy of adjusted logits, and TRADES if the recipe says.
+    """Return a batch's loss: cross-entropy of adjusted logits, and the TRADES term if any.
 
     Args:
         images: float in [0, 1], [B, 3, 32, 32].
         targets: labels, int64 [B], or a probability of each class, float [B, C].
-        log_prior: added to the logits, [C]: logit adjustment (Menon et al., 2021). Classes that
-            are drawn less are so learned as if all were equally frequent.
+        log_prior: added to the logits, [C]: logit adjustment (Menon et al., 2021). It makes the
+            model learn as if all classes were equally frequent.
     """
     if not recipe.epsilon:
         with autocast(images.device):
@@ -171,16 +171,18 @@ def draw_indices(recipe: Recipe, labels: Tensor) -> Tensor:
     if recipe.sampler == "balanced":
         return draw_balanced(labels, recipe.epochs * len(labels)).view(recipe.epochs, -1)
     if recipe.sampler == "weighted":
-        weights = (sampled_prior(recipe, labels) / torch.bincount(labels, minlength=3))[labels]
+        weights = (
+            sampled_prior(recipe, labels) / torch.bincount(labels, minlength=len(CLASS_NAMES))
+        )[labels]
         drawn = torch.multinomial(weights, recipe.epochs * len(labels), replacement=True)
         return drawn.view(recipe.epochs, -1)
     return torch.stack([torch.randperm(len(labels)) for _ in range(recipe.epochs)])
 
 
 def draw_balanced(labels: Tensor, count: int) -> Tensor:
-    """Draw `count` images, always from the class that was drawn least so far, int64 [count].
+    """Draw `count` images, always from the class drawn least so far, int64 [count].
 
-    Ties are broken evenly: in each round, every class comes once, in random order. Within a class,
+    Ties are broken evenly: each round draws every class once, in random order. Within a class,
     images are drawn with replacement.
     """
     classes = labels.unique()
@@ -201,11 +203,11 @@ def sampled_prior(recipe: Recipe, labels: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-# ---- augmentation: each image on its own (torchvision's v2 transforms alter a batch alike) ----
+# ---- augmentation, per image (torchvision's v2 transforms change a whole batch alike) ---------
 
 
 def augment(images: Tensor, recipe: Recipe, epoch: int) -> Tensor:
-    """Return a batch of uint8 images as float in [0, 1], altered as the recipe says."""
+    """Return a batch of uint8 images as float in [0, 1], augmented as the recipe says."""
     images = to_float(images)
     if recipe.augment_from is not None and epoch >= recipe.augment_from:
         images = random_flip_and_crop(images)
@@ -251,11 +253,11 @@ def color_jitter(images: Tensor, strength: float) -> Tensor:
 
 
 def cutout(images: Tensor, size: int) -> Tensor:
-    """Gray out a square of each image, which may stick out of it (DeVries and Taylor, 2017).
+    """Gray out a square of each image, which may cross the border (DeVries and Taylor, 2017).
 
     Args:
         images: float in [0, 1], [B, C, H, W].
-        size: of the square's sides, in pixels.
+        size: side length of the square, in pixels.
     """
     count, _, height, width = images.shape
     before_center, inside = (size - 1) // 2, []
@@ -269,13 +271,13 @@ def cutout(images: Tensor, size: int) -> Tensor:
 
 
 def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Blend each image, and its label, with those of another of the batch (Zhang et al., 2018).
+    """Blend each image and label with another one of the batch (Zhang et al., 2018).
 
     Args:
         images: float [B, C, H, W].
         labels: int64 [B].
-        alpha: of the Beta(alpha, alpha) from which each image's own fraction is drawn; it is
-            the larger one of the two.
+        alpha: each image's own fraction is drawn from Beta(alpha, alpha), and is the larger of
+            the two.
 
     Returns:
         images, and a probability of each class, float [B, C].
@@ -302,7 +304,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def make_scheduler(
     optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the recipe's schedule of the learning rate, to be advanced at each step."""
+    """Return the recipe's learning-rate schedule, to be stepped after each batch."""
     if recipe.schedule == "step":
         return torch.optim.lr_scheduler.StepLR(
             optimizer, recipe.step_size * steps_per_epoch, recipe.gamma
@@ -313,10 +315,10 @@ def make_scheduler(
 
 
 def warmup_cosine(progress: float) -> float:
-    """Return the factor of the learning rate: up linearly, then down along half a cosine.
+    """Return the learning-rate factor: linear warmup, then cosine decay.
 
     Args:
-        progress: fraction of the run that is over.
+        progress: completed fraction of the run.
     """
     decay = max(0.0, progress - WARMUP) / (1 - WARMUP)
     return min(progress / WARMUP, (1 + math.cos(math.pi * decay)) / 2)
@@ -325,10 +327,10 @@ def warmup_cosine(progress: float) -> float:
 class Muon(torch.optim.Optimizer):
     """Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
 
-    Momentum, then a step in which all singular values of a layer's update are about the same, so
-    that what is rare is learned as fast as what dominates the gradient. A convolution's filters
+    Momentum, then an update whose singular values are all about the same, so that rare directions
+    are learned as fast as those that dominate the gradient. A convolution's filters
     are the rows of one matrix (torch.optim.Muon takes no convolutions); biases and norms are
-    matrices of one row. The step is as large as a typical one of Adam's (Liu et al., "Muon is
+    matrices of one row. The step is as large as a typical step of Adam (Liu et al., "Muon is
     scalable for LLM training", 2025).
 
     Jordan leaves the first and the last layer to AdamW. Here that loses 0.03 of G-mean
@@ -343,7 +345,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all weights once; weight decay shrinks matrices only."""
+        """Update all weights once; weight decay applies to matrices only."""
         for group in self.param_groups:
             for weight in group["params"]:
                 momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
@@ -359,13 +361,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Return a matrix with the same singular vectors and singular values of about 1.
 
-    By the Newton-Schulz iteration with Jordan's coefficients, which takes values from (0, 1] to
-    between 0.7 and 1.2 in five rounds.
+    Newton-Schulz iteration with Jordan's coefficients: five rounds take values from (0, 1] to
+    between 0.7 and 1.2.
     """
-    if matrix.shape[0] > matrix.shape[1]:  # the products below are of the shorter side's size
+    if matrix.shape[0] > matrix.shape[1]:  # then the products below are smaller
         return orthogonalize(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
-    if len(x) == 1:  # the only singular value is 1 now
+    if len(x) == 1:  # its only singular value is 1
         return x
     for _ in range(5):
         square = x @ x.T
@@ -379,7 +381,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 def cross_val_logits(
     recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, keep: Tensor | None = None
 ) -> Tensor:
-    """Return out-of-fold logits, [N, C]: of each image by a model that was not trained on it.
+    """Return out-of-fold logits, [N, C]: each image's from a model that was not trained on it.
 
     Near-duplicates of an image are never in its model's training set either.
 
@@ -438,16 +440,16 @@ def parallel_map(
     description: str,
     threads: int = 1,
 ) -> Iterator[Any]:
-    """Yield `function(*job)` for each job, in order; on a CPU as many at once as its cores allow.
+    """Yield `function(*job)` for each job, in order; on a CPU, in a process per core.
 
     Args:
-        function: of a module, not nested, so that other processes find it.
-        threads: that a job computes with. (A single one never waits for another, so it does not
-            stall beside other busy processes.)
+        function: at module level, so that other processes can import it.
+        threads: of each job. (A single thread never waits for another, so it does not stall
+            when other processes are busy.)
     """
     workers = min(len(jobs), _core_count() // threads) if device.type == "cpu" else 1
     bar = {"total": len(jobs), "desc": description, "leave": False}
-    if workers <= 1 or multiprocessing.parent_process():  # a worker's siblings keep all cores busy
+    if workers <= 1 or multiprocessing.parent_process():  # in a worker: the cores are in use
         bar["disable"] = True if len(jobs) == 1 or multiprocessing.parent_process() else None
         for job in tqdm(jobs, **bar):
             yield _call(function, threads, job)
@@ -458,7 +460,7 @@ def parallel_map(
         futures = [pool.submit(_call_in_worker, _ByValue((function, threads, job))) for job in jobs]
         for future in tqdm(futures, disable=None, **bar):
             yield future.result()
-    except BaseException:  # Ctrl-C included: nothing is worth waiting for
+    except BaseException:  # Ctrl-C included: do not wait for the others
         for process in multiprocessing.active_children():
             process.terminate()
         raise
@@ -467,11 +469,13 @@ def parallel_map(
 
 
 def _core_count() -> int:
-    return getattr(os, "process_cpu_count", os.cpu_count)() or 1  # Python 3.13 knows its own share
+    return (
+        getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    )  # from Python 3.13 on, those this process may use
 
 
 def _call(function: Callable[..., Any], threads: int, job: tuple[Any, ...]) -> Any:
-    """Call the function, and leave the number of threads as it was."""
+    """Call the function with this number of threads, then restore the former one."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -481,9 +485,9 @@ def _call(function: Callable[..., Any], threads: int, job: tuple[Any, ...]) -> A
 
 
 class _ByValue:
-    """What is sent to another process as plain bytes.
+    """An object that is sent to another process as plain bytes.
 
-    Tensors would be sent as shared memory, through a socket in a folder that stays behind where a
+    Tensors would be sent as shared memory, through a socket whose folder is left behind if a
     process is killed.
     """
 
@@ -499,9 +503,9 @@ def _call_in_worker(call: tuple[Callable[..., Any], int, tuple[Any, ...]]) -> _B
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it, however it ends."""
+    """Leave Ctrl-C to the parent, and exit when it ends, for whatever reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed worker leaves behind
+    tqdm.set_lock(threading.RLock())  # tqdm's default is a semaphore, which a killed worker leaks
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:

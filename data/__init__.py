@@ -1,1 +1,1 @@
-"""Scripts that prepare a data set in the course's own form."""
+"""Read the course's pickles, and prepare other data sets in the same form."""

@@ -4,7 +4,7 @@
     python -m data.cifar10 --seed 3 --out my_folder
 
 torchvision downloads it once (170 MB) to data/ and checks its checksums. The seed decides which
-images are taken and which of them are labeled wrong.
+images are used and which of them get wrong labels.
 """
 
 import socket
@@ -24,7 +24,7 @@ from data.synthetic import (
 
 import numpy as np
 
-# torchvision is imported where it is used: that takes seconds, which other data save.
+# torchvision is imported only where it is used, because that takes seconds.
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # torchvision's
 DOWNLOAD_FOLDER = cli.PROJECT / "data"
@@ -34,13 +34,13 @@ CIFAR10_LABELS = (1, 9, 3)  # automobile, truck and cat in CIFAR-10's own number
 
 
 def is_downloaded() -> bool:
-    """Tell whether an earlier download is there."""
+    """Return whether CIFAR-10 has been downloaded."""
     names = ["batches.meta", "test_batch", *(f"data_batch_{number}" for number in range(1, 6))]
     return all((DOWNLOAD_FOLDER / "cifar-10-batches-py" / name).is_file() for name in names)
 
 
 def is_reachable() -> bool:
-    """Ask CIFAR-10's server for its headers; tell within seconds whether it answered.
+    """Return, within seconds, whether CIFAR-10's server answers.
 
     In a thread, because looking up a host name may take longer than any timeout allows.
     """
@@ -75,7 +75,7 @@ def prepare(folder: Path, seed: int = 0) -> None:
 
 
 def _cut(split: str, seed: int) -> LabeledImages:
-    """Choose images for the labels that draw_labels draws."""
+    """Choose images for the labels from draw_labels."""
     images, classes = _download(train=split == "train")
     given, true = draw_labels(split, seed)
     splits = list(CLASS_COUNTS)

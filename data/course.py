@@ -1,9 +1,8 @@
-"""Read the course's pickles, lists of (float32 tensor [3, 32, 32], int label), without trust.
+"""Read the course's pickles, lists of (float32 tensor [3, 32, 32], int label), safely.
 
 A pickle is a program, and Python's unpickler imports and calls whatever it names. `_run_pickle`
-knows only the few opcodes that a list of tensors needs. What the file names stays a name, and
-`_TensorCalls` lists all the calls that there are. Memory and time stay within a small multiple of
-what the file's size calls for.
+implements only the few opcodes that a list of tensors needs, imports nothing, and allows only the
+calls in `_TensorCalls`. Memory and time are bounded by a small multiple of the file's size.
 """
 
 import copy
@@ -14,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.cli import UserError, read_bytes, say, show
+from common.cli import UserError, read_bytes, safe_repr, say
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LARGEST_FILE = 2**30  # bytes: 85,000 images
+MAX_FILE_SIZE = 2**30  # bytes: 85,000 images
 IMAGE_SHAPE = (3, 32, 32)
 LABELS = (0, 1, 2)
 FORM = "save a list of (float32 tensor [3, 32, 32] in [-1, 1], int) with pickle.dump"
@@ -47,14 +46,14 @@ STORAGE_OPCODES = 200  # more than enough for the header of one storage
 
 
 class _Global(NamedTuple):
-    """A name that a pickle asks for; it stays a name."""
+    """A name that a pickle refers to; it is never imported."""
 
     module: str
     name: str
 
 
 class _PickledTensor(NamedTuple):
-    """What a pickle says of a tensor, unchecked."""
+    """What a pickle says about a tensor, unchecked."""
 
     storage: np.ndarray
     offset: int
@@ -64,13 +63,13 @@ class _PickledTensor(NamedTuple):
 
 def read_course_pickle(path: Path) -> tuple[Tensor, Tensor]:
     """Return the images, uint8 [N, 3, 32, 32], and the labels, int64 [N], of a course pickle."""
-    content = read_bytes(path, LARGEST_FILE)
+    content = read_bytes(path, MAX_FILE_SIZE)
     try:
         if content.startswith(b"PK"):
             raise UserError(f"was written by torch.save; {FORM}")
-        # Each image brings dozens of opcodes, and 12 kB of pixels. Many more would be an attack.
-        most_opcodes = len(content) // 20 + 10_000
-        items = _run_pickle(io.BytesIO(content), most_opcodes, _TensorCalls())
+        # Each image has dozens of opcodes, and 12 kB of pixels. A file with more is hostile.
+        max_opcodes = len(content) // 20 + 10_000
+        items = _run_pickle(io.BytesIO(content), max_opcodes, _TensorCalls())
         return _to_tensors(items, len(content))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -78,11 +77,11 @@ def read_course_pickle(path: Path) -> tuple[Tensor, Tensor]:
         raise UserError(f"{path}: not a whole pickle of tensors; {FORM}") from error
 
 
-def _run_pickle(stream: io.BytesIO, most_opcodes: int, call: Callable[[Any, Any], Any]) -> Any:
+def _run_pickle(stream: io.BytesIO, max_opcodes: int, call: Callable[[Any, Any], Any]) -> Any:
     """Run one pickle with a stack, marks into it, and a memo, as Python's unpickler does.
 
     Args:
-        call: gets the function, a _Global if the file is honest, and the arguments of each call.
+        call: called with the function (a _Global in a valid file) and the arguments of each call.
 
     Raises:
         UserError: it has opcodes that a list of images does not need, or too many.
@@ -99,7 +98,7 @@ def _run_pickle(stream: io.BytesIO, most_opcodes: int, call: Callable[[Any, Any]
         return items
 
     for number, (opcode, value, _) in enumerate(pickletools.genops(stream)):
-        if number > most_opcodes:
+        if number > max_opcodes:
             raise UserError(f"has more opcodes than a list of images needs; {FORM}")
         name = opcode.name
         if name in LITERALS:
@@ -145,10 +144,10 @@ def _run_pickle(stream: io.BytesIO, most_opcodes: int, call: Callable[[Any, Any]
 
 
 class _TensorCalls:
-    """All the calls that a pickle of tensors makes.
+    """The only calls that a pickle of tensors needs.
 
-    Results are kept: the same call again, by reference to the same argument, would otherwise
-    turn a few bytes of the file into any amount of memory or time.
+    Results are cached: otherwise, repeating a call by reference could turn a few bytes of the file
+    into any amount of memory or time.
     """
 
     def __init__(self) -> None:
@@ -185,7 +184,9 @@ class _TensorCalls:
             case (str(module), str()), _ if module.startswith("numpy"):
                 raise UserError(f"holds NumPy arrays; {FORM}")
             case (str(module), str(name)), _:
-                raise UserError(f"asks for {show(f'{module}.{name}')}, which is refused; {FORM}")
+                raise UserError(
+                    f"asks for {safe_repr(f'{module}.{name}')}, which is refused; {FORM}"
+                )
         raise ValueError("a call of something that is no global")
 
 
@@ -203,7 +204,7 @@ def _load_storage(content: bytes) -> np.ndarray:
     _require(magic == TORCH_MAGIC and system["little_endian"] is True)
     _require(kind == "storage" and type_[0] == "torch" and view is None and keys == [key])
     if type_[1] not in STORAGE_TYPES:
-        raise UserError(f"holds tensors of type {show(type_[1])}; {FORM}")
+        raise UserError(f"holds tensors of type {safe_repr(type_[1])}; {FORM}")
     _require(count == int.from_bytes(stream.read(8), "little"))
     return np.frombuffer(content, STORAGE_TYPES[type_[1]], count, stream.tell())
 
@@ -226,8 +227,8 @@ def _to_tensors(items: Any, file_size: int) -> tuple[Tensor, Tensor]:
         raise UserError(f"holds no list of (image, label); {FORM}")
     pairs = []
     for index, item in enumerate(items):
-        # An image may be repeated by reference, but in memory all together take no more than
-        # the file.
+        # An image may be repeated by reference, but all of them together may take no more
+        # memory than the file.
         if index * np.prod(IMAGE_SHAPE) > file_size:
             raise UserError(f"lists more images than {file_size} bytes can hold; {FORM}")
         pairs.append(_to_pair(index, item))
@@ -240,7 +241,7 @@ def _to_pair(index: int, item: Any) -> tuple[np.ndarray, int]:
         raise UserError(f"item {index} is not a pair (image, label); {FORM}")
     image, label = item
     if not isinstance(image, _PickledTensor):
-        raise UserError(f"image {index} is {show(image)}; {FORM}")
+        raise UserError(f"image {index} is {safe_repr(image)}; {FORM}")
     if image.storage.dtype != np.float32:
         raise UserError(f"image {index} is a tensor of {image.storage.dtype}; {FORM}")
     if image.size != IMAGE_SHAPE:
@@ -248,7 +249,7 @@ def _to_pair(index: int, item: Any) -> tuple[np.ndarray, int]:
     if isinstance(label, _PickledTensor) and label.size in ((), (1,)):
         label = label.storage[label.offset].item() if label.offset >= 0 else None
     if not (type(label) is int and label in LABELS):
-        raise UserError(f"label {index} is {show(label)}; labels are 0 car, 1 truck, 2 cat")
+        raise UserError(f"label {index} is {safe_repr(label)}; labels are 0 car, 1 truck, 2 cat")
     return _view(image), label
 
 

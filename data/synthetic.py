@@ -1,11 +1,11 @@
-"""Synthetic images of cars, trucks and cats, for readers without the photographs.
+"""Synthetic images of cars, trucks and cats, for use without the photographs.
 
     python -m data.synthetic --seed 3 --out my_folder
 
-Each image is drawn from its class and a seed. Only shape tells the classes apart: size, position,
-light, background and clutter do not depend on the class, and cars and trucks come in the colors
-of cats as well. Some images are degraded so far that no model can get all of them right, as with
-photographs. Some labels of the training set are wrong, as the report found them to be.
+Each image is drawn from its class and a seed. Only shape distinguishes the classes: size,
+position, light, background and clutter do not depend on the class, and cars and trucks come in the
+colors of cats as well. Some images are degraded so much that no model can classify all of them
+correctly, as with photographs. Some training labels are wrong, as in the report's data.
 """
 
 import argparse
@@ -31,15 +31,15 @@ LabeledImages = tuple[np.ndarray, np.ndarray, np.ndarray]  # images, given label
 # The report's counts of cars, trucks and cats.
 CLASS_COUNTS = {"train": (4951, 450, 225), "dev": (880, 80, 40)}
 # The fraction of wrong labels in each class. The report found many among the cats, but does not
-# say how many. Labels in dev are all right: it is what models are measured on.
+# say how many. All labels in dev are correct, since models are evaluated on it.
 WRONG_FRACTIONS = {"train": (0.01, 0.05, 0.25), "dev": (0.0, 0.0, 0.0)}
 
 IMAGE_SIZE = 32
 # Drawing three times too large and shrinking gives soft edges, as a lens does.
 CANVAS_SIZE = 3 * IMAGE_SIZE
 
-# All settings below were tuned together, by training: with easier images even careless training
-# finds the rare cats, with harder ones careful training gains nothing. FRACTION is how many of
+# All settings below were tuned together: with easier images, even naive training recognizes the
+# rare cats; with harder ones, better training gains nothing. FRACTION is how many of
 # the images have a property, STD a standard deviation. Numbers in the drawing functions further
 # down are coordinates.
 
@@ -60,10 +60,10 @@ HORIZON_RANGE = (0.4, 0.85)  # fraction of the canvas above the floor
 STRIPES_FRACTION = 0.3  # with planks, a fence or road markings
 SHADOW_FRACTION = 0.6  # with a dark patch on the ground
 UNEVENNESS = 18.0  # gray levels by which the backdrop varies from place to place
-MOST_CLUTTER_BEHIND = 3
-MOST_CLUTTER_IN_FRONT = 1
+MAX_CLUTTER_BEHIND = 3
+MAX_CLUTTER_IN_FRONT = 1
 CLUTTER_SIZE_RANGE = (0.06, 0.2)  # fraction of the canvas
-HIDDEN_FRACTION = 0.06  # half of the object stands behind a wall
+HIDDEN_FRACTION = 0.06  # half of the object is behind a wall
 
 # What the camera does to the image. Gray levels run from 0 to 255.
 CONTRAST_RANGE = (0.7, 1.15)
@@ -140,13 +140,13 @@ def draw_labels(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_course_form(folder: Path, splits: dict[str, LabeledImages]) -> None:
-    """Write the course's pickles, and the true labels beside them in true_labels.json.
+    """Write the course's pickles, and the true labels in true_labels.json next to them.
 
-    The pickles come last: where they are, all is there.
+    The pickles are written last: if they exist, the data set is complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cli.remove_leftovers(folder)
-    for split in splits:  # those of another seed must not stand beside new true labels
+    for split in splits:  # old pickles must not be combined with new true labels
         (folder / f"{split}.pickle").unlink(missing_ok=True)
     text = json.dumps({split: true.tolist() for split, (_, _, true) in splits.items()})
     cli.write_text(folder / "true_labels.json", text)
@@ -177,12 +177,12 @@ def draw_image(label: int, generator: Generator) -> np.ndarray:
     """Draw one image from back to front, uint8 [3, 32, 32]: what comes later covers the rest."""
     image = draw_background(generator)
     canvas = ImageDraw.Draw(image)
-    draw_clutter(canvas, MOST_CLUTTER_BEHIND, generator)
+    draw_clutter(canvas, MAX_CLUTTER_BEHIND, generator)
     brush = place_object(canvas, generator)
     draw_view, ground = pick(VIEWS[label], generator)
     draw_shadow(brush, ground, generator)
     draw_view(brush, pick_color(COLORS[label], generator), generator)
-    draw_clutter(canvas, MOST_CLUTTER_IN_FRONT, generator)
+    draw_clutter(canvas, MAX_CLUTTER_IN_FRONT, generator)
     if generator.random() < HIDDEN_FRACTION:
         draw_wall_in_front(brush, generator)
     return simulate_camera(image, generator)

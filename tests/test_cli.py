@@ -58,8 +58,8 @@ def deep_list(depth):
     ids=range(12),
 )
 def test_a_value_from_a_file_is_shown_in_a_few_printable_characters(value, expected):
-    assert cli.show(value) == expected
-    assert cli.show(value).isprintable()
+    assert cli.safe_repr(value) == expected
+    assert cli.safe_repr(value).isprintable()
 
 
 def test_table_aligns_names_left_and_numbers_right_and_is_cleaned(capsys):

@@ -192,7 +192,7 @@ def hand_ins(dev_set) -> Path:
     (folder / "=1+1 $x$ \x1b[31m.ckpt").write_bytes(b"")
     (folder / "cut.zip").write_bytes((folder / "ann.zip").read_bytes()[:-100])
     write_zip(folder / "none.zip", {"readme.txt": b"no checkpoint"})
-    write_zip(folder / "bomb.zip", {"model.ckpt": bytes(evaluation.LARGEST_CHECKPOINT + 1)})
+    write_zip(folder / "bomb.zip", {"model.ckpt": bytes(evaluation.MAX_CHECKPOINT_SIZE + 1)})
     write_zip(folder / "lzma.zip", {"model.ckpt": raw}, zipfile.ZIP_LZMA)
     write_zip(folder / "hostile.zip", {"model.ckpt": pickle.dumps(Hostile())})
     return folder

@@ -450,7 +450,7 @@ def test_what_is_not_a_safe_whole_file_of_torch_save_is_refused(tmp_path):
         saved({"model_state_dict": Intruder(folder)}, _use_new_zipfile_serialization=False),
     ]
     for content in intruders:
-        assert "mkdir' beside weights; save the state_dict() alone" in refusal_of(content, path)
+        assert "mkdir' besides weights; save only the state_dict()" in refusal_of(content, path)
     assert not folder.exists()
 
 
@@ -458,7 +458,7 @@ def test_what_is_not_a_safe_whole_file_of_torch_save_is_refused(tmp_path):
 def test_what_is_beside_the_weights_is_named(tmp_path, zipped):
     for extra in (np.float64(0.5), np.zeros(3), b"x"):
         raw = saved({"net": prefixed(""), "extra": extra}, _use_new_zipfile_serialization=zipped)
-        assert "holds NumPy values or bytes beside weights" in refusal_of(raw, tmp_path / "x")
+        assert "holds NumPy values or bytes besides weights" in refusal_of(raw, tmp_path / "x")
     assert "holds 'common.model CourseNet'" in refusal_of(new_model(), tmp_path / "x")
 
 

@@ -321,7 +321,7 @@ def test_stopped_report_goes_on_where_it_was(make_report, scripts, tmp_path):
     scripts.stop_at = "training.py"
     status, _, error = make_report()
     assert status == 130
-    assert "goes on" in error
+    assert "to resume" in error
     assert not (tmp_path / "out/index.html").exists()
     scripts.stop_at = None
     assert make_report()[0] == 0

@@ -333,7 +333,7 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_that_was_never_stopped(
     options = ("--recipe", "transforms", "--epochs", 4, "--seed", "0,1")
     status, _, error = run_training(*options)
     assert status == 130
-    assert "the same command with --resume goes on from here" in error
+    assert "run the same command with --resume to continue" in error
     assert [path.name for path in Path("out").iterdir()] == ["transforms.unfinished.ckpt"]
     assert run_training(*options, "--resume")[0] == 0
     assert interrupted == [1, 2, 3, 4, 1, 2, 3, 4]

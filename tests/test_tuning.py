@@ -146,20 +146,20 @@ def test_the_name_of_a_study_tells_apart_what_can_not_be_compared():
     assert tuning.study_name(TUNED, make_dataset(), 0) in names
 
 
-# ---- the images left aside --------------------------------------------------------------------
+# ---- the images held out --------------------------------------------------------------------
 
 
 def test_split_leaves_a_third_of_each_class_aside_and_keeps_near_duplicates_together():
     dataset = make_dataset(counts=(60, 30, 21))
     twins = dataset.subset(torch.arange(len(dataset)).repeat_interleave(2))
-    searched, aside = tuning.split(twins, seed=0)
-    assert len(searched) + len(aside) == len(twins)
-    assert np.array(aside.class_counts) == pytest.approx(np.array([40, 20, 14]), abs=2)
+    searched, held_out = tuning.split(twins, seed=0)
+    assert len(searched) + len(held_out) == len(twins)
+    assert np.array(held_out.class_counts) == pytest.approx(np.array([40, 20, 14]), abs=2)
     both = {image.numpy().tobytes() for image in searched.images} & {
-        image.numpy().tobytes() for image in aside.images
+        image.numpy().tobytes() for image in held_out.images
     }
     assert not both
-    assert not torch.equal(tuning.split(twins, seed=1)[1].images, aside.images)
+    assert not torch.equal(tuning.split(twins, seed=1)[1].images, held_out.images)
 
 
 def test_a_class_with_too_few_images_is_named():
@@ -174,21 +174,21 @@ def test_a_class_with_too_few_images_is_named():
 
 
 def test_check_compares_both_recipes_on_the_images_left_aside(monkeypatch):
-    searched, aside = tuning.split(make_dataset(counts=(90, 60, 60)), seed=0)
+    searched, held_out = tuning.split(make_dataset(counts=(90, 60, 60)), seed=0)
     best, seen = replace(TUNED, cutout=8), []
 
     def right_or_half_right(function, jobs, *_):
         for recipe, trained_on, images, seed, _ in jobs:
             seen.append((recipe, seed))
             assert trained_on is searched
-            assert images is aside.images
-            right = torch.ones(len(aside), dtype=torch.bool)
+            assert images is held_out.images
+            right = torch.ones(len(held_out), dtype=torch.bool)
             if recipe == TUNED:
                 right[seed % 2 :: 2] = False
-            yield torch.eye(3)[torch.where(right, aside.labels, (aside.labels + 1) % 3)]
+            yield torch.eye(3)[torch.where(right, held_out.labels, (held_out.labels + 1) % 3)]
 
     monkeypatch.setattr(tuning, "parallel_map", right_or_half_right)
-    found = tuning.check(TUNED, best, searched, aside, 7, torch.device("cpu"))
+    found = tuning.check(TUNED, best, searched, held_out, 7, torch.device("cpu"))
     assert seen == [(recipe, seed) for recipe in (TUNED, best) for seed in (7, 8, 9)]
     assert found["best"] == {"g_mean": 1.0, "runs": [1.0] * 3}
     own = found["default"]
