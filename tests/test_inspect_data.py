@@ -127,7 +127,7 @@ def test_near_duplicates_and_their_labels_are_listed(run_script, doubled, tmp_pa
     (within,) = numbers["splits"]["train"]["near_duplicates"]
     assert (within["first"], within["second"]) == (1, 9)
     assert numbers["splits"]["dev"]["near_duplicates"] == []
-    assert "in train too: 1." in printed and "likely wrong: 1." in printed
+    assert "near-duplicate in train: 1." in printed and "likely wrong: 1." in printed
     labels = [CLASS_NAMES[train.labels[1]], CLASS_NAMES[(train.labels[1] + 1) % 3]]
     assert f"train 1 {labels[0]} - train 9 {labels[1]}" in printed
     assert (tmp_path / "out/near-duplicates.png").exists()
