@@ -374,6 +374,8 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("no images")
         labels, predicted = (
             np.array([CLASS_NAMES.index(row[column]) for row in rows])
             for column in ("label", "predicted")

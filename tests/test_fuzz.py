@@ -235,7 +235,7 @@ def steps_of_a_report(folder: Path) -> Kind:
     made.run_step = lambda step, origin, resume: 1.0
     path = Path(made.paths[made.steps[0].name]) / "step.json"
     path.parent.mkdir(parents=True)
-    (path.parent / made.steps[0].result).write_text("{}")
+    made.result_of(made.steps[0]).write_text("{}")
     seeds = [json.dumps(origin | {"seconds": seconds}).encode() for seconds in (12.5, None)]
 
     def use() -> None:
