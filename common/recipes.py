@@ -52,7 +52,7 @@ PRE_TRAINED = replace(NAIVE, name="pre_trained", epochs=1, learning_rate=1e-4)
 
 # ---- beyond the report -----------------------------------------------------------------------
 
-# The course's network; what each ingredient contributes stands in docs/ablations.md.
+# The course's network; docs/ablations.md shows what each ingredient contributes.
 TUNED = replace(
     NAIVE,
     name="tuned",
@@ -68,7 +68,7 @@ TUNED = replace(
     tta_flip=True,
     tta_shift=3,
 )
-# A larger network would learn wrong labels by heart: labels that others doubt are left out.
+# A larger network would memorize wrong labels: those that the label filter finds are left out.
 BEST = replace(
     TUNED,
     name="best",
@@ -76,8 +76,8 @@ BEST = replace(
     threads=2,  # an epoch takes 55% of the time that it takes with one
     epochs=30,
     batch_size=128,
-    # 0.3 million parameters learn 225 cats by heart: all that regularizes is stronger here. No one
-    # of these settings contributes much while the others are there, but all together do.
+    # 0.3 million parameters can memorize 225 cats: hence more regularization. None of these settings
+    # contributes much while the others are there, but together they do.
     weight_decay=0.6,
     color_jitter=0.4,
     cutout=14,
