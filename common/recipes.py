@@ -76,8 +76,8 @@ BEST = replace(
     threads=2,  # an epoch takes 55% of the time that it takes with one
     epochs=30,
     batch_size=128,
-    # 0.3 million parameters can memorize 225 cats: hence more regularization. None of these settings
-    # contributes much while the others are there, but together they do.
+    # 0.3 million parameters can memorize 225 cats: hence more regularization. None of these
+    # settings contributes much while the others are there, but together they do.
     weight_decay=0.6,
     color_jitter=0.4,
     cutout=14,
