@@ -528,6 +528,8 @@ def classify_files(arguments: argparse.Namespace) -> None:
         raise UserError("--image: goes with one checkpoint only")
     file = io.BytesIO(read_source(sources[0]))
     model, _ = load_checkpoint(file, arguments.pixel_range, sources[0].name)
+    if is_bare(file) and not arguments.pixel_range:
+        cli.say("pixels taken to be in [-1, 1]; if it was trained on [0, 1]: --pixel-range 0,1")
     device = choose_device(arguments.device)
     names, images = read_images(arguments.image)
     probabilities = predict_logits(model.to(device), images).softmax(dim=1)

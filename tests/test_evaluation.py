@@ -345,3 +345,11 @@ def test_no_readable_image_ends_with_status_2(run_script):
     status, _, error = run_script(evaluation, *options)
     assert status == 2
     assert "none of the files" in error
+
+
+def test_the_pixel_range_taken_for_a_bare_checkpoint_is_said(run_script):
+    torch.save(brightest_channel().state_dict(), "bare.ckpt")
+    Image.new("RGB", (40, 40), "green").save("green.png")
+    options = ("--checkpoint", "bare.ckpt", "--out", "out", "--image", "green.png")
+    assert "pixels taken to be in [-1, 1]" in run_script(evaluation, *options)[1]
+    assert "pixels taken" not in run_script(evaluation, *options, "--pixel-range", "0,1")[1]
