@@ -38,7 +38,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-MAX_STEP_SECONDS = 1e7  # seconds
+MAX_STEP_SECONDS = 1e7
 SECONDS_FOR_CTRL_C = 2.0  # that a script has to stop by itself
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
@@ -232,7 +232,9 @@ class Report:
     def without_near_duplicates(self) -> dict[str, Any]:
         """Return the scores of the model to hand in on dev without near-duplicates of train."""
         labels, predicted = read_predictions(Path(self.paths["model"]) / "predictions.csv")
-        pairs = cli.read_json(Path(self.paths["data"]) / "inspectData.json")["near_duplicates"]
+        path = Path(self.paths["data"]) / "inspectData.json"
+        with step_file(path):
+            pairs = cli.read_json(path)["near_duplicates"]
         others = np.delete(np.arange(len(labels)), [pair["dev"] for pair in pairs])
         whole = len(np.unique(labels[others])) == len(CLASS_NAMES)  # else there is no G-mean
         scores = metrics.evaluate(labels[others], predicted[others]) if whole else None
@@ -365,13 +367,23 @@ def locked(folder: Path) -> Iterator[None]:
         lock.unlink(missing_ok=True)
 
 
-def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels [N] and the predicted classes [N] of a predictions file.
+@contextlib.contextmanager
+def step_file(path: Path) -> Iterator[None]:
+    """Say how to make a step's file anew if it can't be read.
 
     Raises:
-        UserError: it can't be read, for example after a spreadsheet saved it with semicolons.
+        UserError: for example after a spreadsheet saved a table with semicolons.
     """
     try:
+        yield
+    except (UserError, OSError, ValueError, KeyError, csv.Error) as error:
+        message = f"{path}: can't be read; delete {path.parent} to run this step again"
+        raise UserError(message) from error
+
+
+def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels [N] and the predicted classes [N] of a predictions file."""
+    with step_file(path):
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         if not rows:
@@ -380,9 +392,6 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
             np.array([CLASS_NAMES.index(row[column]) for row in rows])
             for column in ("label", "predicted")
         )
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        message = f"{path}: can't be read; delete {path.parent} to run this step again"
-        raise UserError(message) from error
     return labels, predicted
 
 
@@ -415,7 +424,8 @@ class Files:
     def value(self, file: str, path: str = "") -> Any:
         """Return the value at a path of keys in a JSON file, such as recipes/training.json."""
         if file not in self.read:
-            self.read[file] = cli.read_json(self.folder / file)
+            with step_file(self.folder / file):
+                self.read[file] = cli.read_json(self.folder / file)
         found = self.read[file]
         for key in filter(None, path.split("/")):
             found = found[int(key) if isinstance(found, list) else key]

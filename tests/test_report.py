@@ -414,7 +414,7 @@ def test_broken_result_ends_with_one_line(file, content, make_report, tmp_path):
     status, _, error = make_report()
     assert status == 2
     assert error.count("\n") == 1
-    assert f"{path.name}: " in error
+    assert f"{path.name}: can't be read; delete" in error
 
 
 # ---- running at the same time, and failing -----------------------------------------------------
