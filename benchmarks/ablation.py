@@ -69,13 +69,6 @@ def make_folds(dataset: Dataset, flagged: np.ndarray, runs: int, seed: int) -> l
     ]
 
 
-def run_filter(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> Dataset:
-    """Return the data set without the labels that the recipe's label filter rejects."""
-    if recipe.label_filter is None:
-        return dataset
-    return filter_labels(recipe.label_filter, dataset, seed, device)
-
-
 def parse_setting(text: str) -> tuple[str, object]:
     """Parse `name=value`, a setting of the recipe."""
     name, _, value = text.partition("=")
@@ -120,13 +113,10 @@ def main() -> None:
     )
     folds = make_folds(dataset, flagged, arguments.runs, arguments.seed)
     parts = [dataset.subset(inside) for inside, _ in folds]
-    filters = parallel_map(
-        run_filter,
-        [(variants["all"], part, seed, device) for seed, part in enumerate(parts)],
-        device,
-        "label filters",
-    )
-    filtered = list(filters)
+    filtered = parts
+    if label_filter := variants["all"].label_filter:
+        filters = [(label_filter, part, seed, device) for seed, part in enumerate(parts)]
+        filtered = list(parallel_map(filter_labels, filters, device, "label filters"))
     jobs = [
         (variant, kept if variant.label_filter else part, dataset.images[outside], seed, device)
         for variant in variants.values()

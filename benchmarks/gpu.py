@@ -2,8 +2,7 @@
 
     python benchmarks/gpu.py --data FOLDER --seed 0,1,2
 
-It takes less than five minutes on one data-center GPU. The first run of a recipe is listed apart:
-it pays for loading and choosing the GPU's kernels.
+The first run of a recipe is listed apart: it pays for loading and choosing the GPU's kernels.
 """
 
 import sys
