@@ -32,6 +32,7 @@ from common.cli import PROJECT, Results, UserError
 from common.data import CLASS_NAMES, Dataset, describe, open_data, to_float
 from common.metrics import SCORE_TITLES
 from common.model import (
+    ASSUMED_RANGE,
     Classifier,
     choose_device,
     describe_checkpoint,
@@ -510,7 +511,7 @@ def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifie
     """Return a checkpoint's model and metadata; the pixel range applies to bare ones only."""
     bare = is_bare(path)
     model, metadata = load_checkpoint(path, pixel_range if bare else None)
-    note = "; pixels taken to be in [-1, 1]; if it was trained on [0, 1]: --pixel-range 0,1"
+    note = f"; {ASSUMED_RANGE}"
     cli.say(f"{path}: {describe_checkpoint(metadata)}{note if bare and not pixel_range else ''}")
     return model, {"file": path.name, **metadata}
 

@@ -32,6 +32,7 @@ from common.cli import Results, UserError
 from common.data import CLASS_NAMES, SPLITS, Dataset, describe, open_data, read_image, to_float
 from common.metrics import SCORE_TITLES
 from common.model import (
+    ASSUMED_RANGE,
     choose_device,
     describe_checkpoint,
     is_bare,
@@ -529,7 +530,7 @@ def classify_files(arguments: argparse.Namespace) -> None:
     file = io.BytesIO(read_source(sources[0]))
     model, _ = load_checkpoint(file, arguments.pixel_range, sources[0].name)
     if is_bare(file) and not arguments.pixel_range:
-        cli.say("pixels taken to be in [-1, 1]; if it was trained on [0, 1]: --pixel-range 0,1")
+        cli.say(ASSUMED_RANGE)
     device = choose_device(arguments.device)
     names, images = read_images(arguments.image)
     probabilities = predict_logits(model.to(device), images).softmax(dim=1)

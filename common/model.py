@@ -23,6 +23,7 @@ from torch import Tensor, nn
 COURSE_RANGE = (-1.0, 1.0)  # of the course's pixels; its checkpoints (weights only) expect it
 PREDICTION_BATCH = 500
 MAX_FILE_SIZE = 2**28  # bytes, of a checkpoint; ours have up to 2.4 million
+ASSUMED_RANGE = "pixels taken to be in [-1, 1]; if it was trained on [0, 1]: --pixel-range 0,1"
 MAX_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
 MAX_PIXEL = 1000  # after normalization
 MAX_OPCODES = 200_000  # of the pickle in a checkpoint; ours have a few thousand
@@ -326,19 +327,7 @@ def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
     in_memory = isinstance(file, io.BytesIO)
     raw = file.getvalue() if in_memory else cli.read_bytes(file, MAX_FILE_SIZE)
     try:
-        if zipfile.is_zipfile(io.BytesIO(raw)):
-            members = zipfile.ZipFile(io.BytesIO(raw)).infolist()
-            if sum(member.file_size for member in members) > len(raw):
-                raise ValueError("compressed, which torch.save never does")
-            names = [member.filename for member in members]
-            if len(set(names)) < len(names):
-                raise ValueError("two files of one name, of which torch may read the other one")
-            for pickle in (each for each in names if each.endswith("data.pkl")):
-                _check_pickle(io.BytesIO(zipfile.ZipFile(io.BytesIO(raw)).read(pickle)), name)
-        else:
-            stream = io.BytesIO(raw)
-            for _ in range(5):  # torch.save's old format: 3 header pickles, content, keys
-                _check_pickle(stream, name)
+        _check_pickles(raw, name)
         with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
             content = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
     except UserError:
@@ -348,6 +337,25 @@ def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{name}: holds no dict of weights; save the model's state_dict()")
     return content
+
+
+def _check_pickles(raw: bytes, file: str) -> None:
+    """Refuse a file of torch.save that hides more than it shows, in either of the two formats."""
+    stream = io.BytesIO(raw)
+    if not zipfile.is_zipfile(stream):
+        stream.seek(0)
+        for _ in range(5):  # the old format: 3 header pickles, content, keys
+            _check_pickle(stream, file)
+        return
+    archive = zipfile.ZipFile(stream)
+    names = archive.namelist()
+    if sum(member.file_size for member in archive.infolist()) > len(raw):
+        raise ValueError("compressed, which torch.save never does")
+    if len(set(names)) < len(names):
+        raise ValueError("two files of one name, of which torch may read the other one")
+    for name in names:
+        if name.endswith("data.pkl"):
+            _check_pickle(io.BytesIO(archive.read(name)), file)
 
 
 # What the pickle of a checkpoint may call, by module and name.
