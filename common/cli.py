@@ -17,8 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 PROJECT = Path(__file__).resolve().parent.parent
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 MAX_JSON_SIZE = 2**26  # bytes
@@ -280,7 +278,9 @@ def render(template: str, **values: Any) -> str:
 
 
 @functools.cache
-def _templates() -> Environment:
+def _templates() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # two scripts need them
+
     return Environment(
         loader=FileSystemLoader(PROJECT),
         autoescape=True,
@@ -349,7 +349,8 @@ class Results:
 
     def save_text(self, name: str, text: str) -> None:
         """Write a text file."""
-        self.save(name, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self.folder / name, text)
+        self.written.append(self.folder / name)
 
     def save_json(self, step: str, numbers: dict[str, Any]) -> None:
         """Write `<step>.json`: the numbers, and all that is needed to reproduce them."""

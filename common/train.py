@@ -171,9 +171,8 @@ def draw_indices(recipe: Recipe, labels: Tensor) -> Tensor:
     if recipe.sampler == "balanced":
         return draw_balanced(labels, recipe.epochs * len(labels)).view(recipe.epochs, -1)
     if recipe.sampler == "weighted":
-        weights = (
-            sampled_prior(recipe, labels) / torch.bincount(labels, minlength=len(CLASS_NAMES))
-        )[labels]
+        counts = torch.bincount(labels, minlength=len(CLASS_NAMES))
+        weights = (sampled_prior(recipe, labels) / counts)[labels]
         drawn = torch.multinomial(weights, recipe.epochs * len(labels), replacement=True)
         return drawn.view(recipe.epochs, -1)
     return torch.stack([torch.randperm(len(labels)) for _ in range(recipe.epochs)])
@@ -469,9 +468,8 @@ def parallel_map(
 
 
 def _core_count() -> int:
-    return (
-        getattr(os, "process_cpu_count", os.cpu_count)() or 1
-    )  # from Python 3.13 on, those this process may use
+    # From Python 3.13 on, only those that this process may use.
+    return getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 
 def _call(function: Callable[..., Any], threads: int, job: tuple[Any, ...]) -> Any:
