@@ -478,14 +478,17 @@ class Files:
             return Markup("")
         with Image.open(path) as image:
             width, height = (round(size * SCREEN_DPI / cli.FIGURE_DPI) for size in image.size)
+        drawing = path.with_suffix(".svg")
+        path, kind = (drawing, "svg+xml") if drawing.exists() else (path, "png")
         return Markup(
             '<figure{}><div class="card"><img width="{}" height="{}" alt="{}" '
-            'src="data:image/png;base64,{}"></div><figcaption>{}{}</figcaption></figure>'
+            'src="data:image/{};base64,{}"></div><figcaption>{}{}</figcaption></figure>'
         ).format(
             Markup(' class="wide"') if width > COLUMN_WIDTH else "",
             width,
             height,
             caption,
+            kind,
             base64.b64encode(path.read_bytes()).decode(),
             Markup("<strong>{}.</strong> ").format(label) if label else "",
             caption,

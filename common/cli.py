@@ -361,8 +361,10 @@ class Results:
     def save_figure(self, name: str, figure: Any) -> None:
         """Write a matplotlib figure as `<name>.png`, with a line below that names its data.
 
+        A figure of lines and text only is written as `<name>.svg` too, which stays sharp on paper.
         Without a figure, that of an earlier run is removed.
         """
+        (self.folder / f"{name}.svg").unlink(missing_ok=True)
         if figure is None:
             (self.folder / f"{name}.png").unlink(missing_ok=True)
             return
@@ -373,6 +375,8 @@ class Results:
         line = line.replace("$", r"\$")  # a $ would start a formula
         figure.supxlabel(line, x=0.01, ha="left", fontsize=7, color="0.4")
         self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=FIGURE_DPI))
+        if not any(ax.images for ax in figure.axes):
+            self.save(f"{name}.svg", lambda path: figure.savefig(path, metadata={"Date": None}))
 
     def print_written(self) -> None:
         """Print the names of all written files."""

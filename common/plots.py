@@ -4,9 +4,12 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+rcParams["svg.hashsalt"] = "any"  # or each SVG file would differ from the last
 
 # Okabe and Ito's palette: color-blind readers can tell its colors apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")

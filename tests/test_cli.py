@@ -382,6 +382,17 @@ def test_results_list_what_was_written_and_is_still_there(tmp_path, capsys):
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "± text"
 
 
+def test_a_figure_without_images_is_a_drawing_too(tmp_path):
+    results, figure = make_results(tmp_path), Figure()
+    results.save_figure("a", figure)
+    first = (tmp_path / "a.svg").read_bytes()
+    results.save_figure("a", figure)
+    assert b"<svg" in first and (tmp_path / "a.svg").read_bytes() == first  # no date in it
+    figure.subplots().imshow(np.zeros((2, 2)))
+    results.save_figure("a", figure)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png"}
+
+
 ODD_NAMES = ["a$b_{$c", r"cost\$x$", "$$", "plain"]
 
 
