@@ -10,17 +10,17 @@ report: .venv/installed
 	$(BIN)/python report.py --data "$(DATA)"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
 # All tests, with the oldest versions that requirements*.txt allow.
 test-oldest: .venv-oldest/installed-dev
-	.venv-oldest/bin/python -m pytest -m "slow or not slow"
+	.venv-oldest/bin/python -m pytest -n auto -m "slow or not slow"
 
 fuzz: .venv/installed-dev
-	FUZZ_CASES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ_CASES=10000 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 
 coverage: .venv/installed-dev
 	$(BIN)/python -m coverage run -m pytest

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ MAX_SEED = 2**32 - 1  # numpy takes no larger one
 MAX_JSON_SIZE = 2**26  # bytes
 FIGURE_DPI = 150
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
+OWNER = "data_folder.txt"  # in a folder of results: the path of the data that they are of
 PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
 
 
@@ -321,7 +323,8 @@ class Results:
 
     Args:
         arguments: the parsed options.
-        data: metadata of the data (`common.data.describe`); its name names the folder.
+        data: metadata of the data (`common.data.describe`); its name names the folder, with a
+            number if that name is taken by results of data in another folder.
 
     Raises:
         UserError: the folder can't be written to (checked before any long work).
@@ -329,13 +332,16 @@ class Results:
 
     def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
         quick = "-quick" if arguments.quick else ""  # a dry run must not overwrite real results
-        self.folder = arguments.out or Path("results") / (data["name"] + quick)
+        owner = str(data.get("path"))
+        self.folder = arguments.out or _free_folder(data["name"] + quick, owner)
         self.settings = vars(arguments)
-        self.data = data
+        self.data = {key: value for key, value in data.items() if key != "path"}  # it is private
         self.written: list[Path] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
+            if not arguments.out:
+                (self.folder / OWNER).write_text(owner, encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {self.folder}: can't be written: {error.strerror}") from error
         remove_leftovers(self.folder)
@@ -383,6 +389,18 @@ class Results:
         names = ", ".join(dict.fromkeys(path.name for path in self.written))
         lines = textwrap.fill(names, 98, break_on_hyphens=False)
         say(f"\nwritten to {self.folder}:\n{textwrap.indent(lines, '  ')}")
+
+
+def _free_folder(name: str, owner: str) -> Path:
+    """Return results/<name>, or the first of results/<name>-2 and so on that is not another's."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    folders = (Path("results") / each for each in itertools.chain([name], numbered))
+    return next(folder for folder in folders if _owner(folder) in (None, owner))
+
+
+def _owner(folder: Path) -> str | None:
+    path = folder / OWNER
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def _to_json(value: Any) -> Any:

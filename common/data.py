@@ -49,6 +49,7 @@ class Dataset:
         images: uint8 [N, 3, 32, 32].
         labels: int64 [N], indices into CLASS_NAMES; some may be wrong.
         true_labels: int64 [N] where they are known, else None.
+        path: of the folder that it was read from.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Dataset:
     images: Tensor
     labels: Tensor
     true_labels: Tensor | None = None
+    path: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,10 +98,10 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def describe(*datasets: Dataset | None) -> dict[str, Any]:
-    """Return the name of a data set, and the metadata of each split that was loaded."""
+    """Return the name and path of a data set, and the metadata of each split that was loaded."""
     loaded = [dataset for dataset in datasets if dataset is not None]
     splits = {dataset.split: dataset.metadata() for dataset in loaded}
-    return {"name": loaded[0].name, "splits": splits}
+    return {"name": loaded[0].name, "path": loaded[0].path, "splits": splits}
 
 
 # ---- where the images come from -------------------------------------------------------------
@@ -131,7 +133,7 @@ class DataFolder:
         else:
             images, labels = _read_image_folder(self.path / split)
         true_labels = self._true_labels(split, len(labels))
-        dataset = Dataset(self.name, split, images, labels, true_labels)
+        dataset = Dataset(self.name, split, images, labels, true_labels, self.path.resolve())
         _check_classes(dataset, f"{self.path}, {split}")
         return dataset.first(QUICK_COUNT) if quick else dataset
 

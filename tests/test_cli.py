@@ -382,6 +382,18 @@ def test_results_list_what_was_written_and_is_still_there(tmp_path, capsys):
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "± text"
 
 
+def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = argparse.Namespace(out=None, quick=False)
+    folders = [
+        Results(options, DATA | {"path": Path(path)}).folder.name
+        for path in ("a/course", "b/course", "a/course", "c/course")
+    ]
+    assert folders == ["course", "course-2", "course", "course-3"]
+    (tmp_path / "results/older").mkdir()  # by a version that did not note the data's folder
+    assert Results(options, {"name": "older", "splits": {}}).folder.name == "older"
+
+
 def test_a_figure_without_images_is_a_drawing_too(tmp_path):
     results, figure = make_results(tmp_path), Figure()
     results.save_figure("a", figure)
