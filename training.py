@@ -283,7 +283,7 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
         recall, color = curves["recall"][:, :, label], plots.CLASS_COLORS[label]
         plots.plot_runs(axes[2], epochs, recall, name, color, plots.LINE_STYLES[label])
     tta = recipe["tta_flip"] or recipe["tta_shift"]
-    where = "dev, without test-time augmentation" if tta else "dev"
+    where = "dev,\nwithout test-time augmentation" if tta else "dev"
     texts = ("cross-entropy, mean of the epoch", f"score on {where}", f"recall on {where}")
     for ax, text in zip(axes, texts, strict=True):
         ax.set(xlabel="epoch", ylabel=text)

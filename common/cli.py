@@ -332,7 +332,7 @@ class Results:
 
     def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
         quick = "-quick" if arguments.quick else ""  # a dry run must not overwrite real results
-        owner = str(data.get("path"))
+        owner = data.get("path", "")
         self.folder = arguments.out or _free_folder(data["name"] + quick, owner)
         self.settings = vars(arguments)
         self.data = {key: value for key, value in data.items() if key != "path"}  # it is private

@@ -101,7 +101,7 @@ def describe(*datasets: Dataset | None) -> dict[str, Any]:
     """Return the name and path of a data set, and the metadata of each split that was loaded."""
     loaded = [dataset for dataset in datasets if dataset is not None]
     splits = {dataset.split: dataset.metadata() for dataset in loaded}
-    return {"name": loaded[0].name, "path": loaded[0].path, "splits": splits}
+    return {"name": loaded[0].name, "path": str(loaded[0].path), "splits": splits}
 
 
 # ---- where the images come from -------------------------------------------------------------

@@ -386,7 +386,7 @@ def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = argparse.Namespace(out=None, quick=False)
     folders = [
-        Results(options, DATA | {"path": Path(path)}).folder.name
+        Results(options, DATA | {"path": path}).folder.name
         for path in ("a/course", "b/course", "a/course", "c/course")
     ]
     assert folders == ["course", "course-2", "course", "course-3"]

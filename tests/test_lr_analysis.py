@@ -245,7 +245,9 @@ def test_script_writes_a_verdict_for_each_rate(run_script, course_folder, tmp_pa
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "lr_analysis.json",
         "3-learning-rates.png",
+        "3-learning-rates.svg",
         "3-range-test.png",
+        "3-range-test.svg",
     }
 
 

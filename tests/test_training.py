@@ -99,6 +99,7 @@ def test_a_run_leaves_a_model_a_figure_predictions_and_their_scores(
         "naive.ckpt",
         "predictions-naive.csv",
         "training-naive.png",
+        "training-naive.svg",
         "training.json",
     }
     assert "predictions-naive.csv, training.json" in printed

@@ -247,7 +247,7 @@ def test_script_searches_compares_and_goes_on(run_script, folder, no_training, t
     assert replace(TUNED, **numbers["best"]["settings"]) != TUNED
     assert numbers["check"].keys() == {"default", "best", "comparison"}
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"tuning.db", "tuning.json", "tuning.png"}
+    assert files == {"tuning.db", "tuning.json", "tuning.png", "tuning.svg"}
 
     status, printed, _ = run_script(tuning, *options, "--trials", 7)
     assert status == 0
