@@ -44,41 +44,38 @@ from torch import Tensor
 RECIPE = replace(
     TUNED,
     name="label-errors",
-    network="SmallVGG",  # its errors differ from CourseNet's
-    # It would memorize wrong labels: those that small models flag are left out of its training set.
-    label_filter=replace(BEST.label_filter, epochs=24),  # so that two networks take two minutes
-    epochs=5,  # likewise; and it memorizes less
+    network="SmallVGG",
+    # It would memorize wrong labels: those that the course's network contradicts are left out of
+    # its training set. Without this, precision and recall are 0.07 lower; with 5 epochs, 0.08.
+    label_filter=replace(BEST.label_filter, epochs=16),
+    epochs=10,
     batch_size=128,
     logit_adjustment=1.0,  # no class is favored before the image is seen
     color_jitter=0.2,  # too little training for strong augmentation
     cutout=8,
     mixup=0.2,  # wrong labels are memorized less
 )
-DEV_MODELS = 2  # of each network
+DEV_MODELS = 3
 # A label is flagged for review if it is wrong with a higher probability than this.
-FLAG_THRESHOLD = 0.2
+FLAG_THRESHOLD = 0.25
 # The suggested label is accepted if it is more probable than all others together.
 ACCEPT_THRESHOLD = 0.5
 SHEET_IMAGES = 120  # of one class, at most
 
 
 def predict_train(recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> Tensor:
-    """Return out-of-fold logits, [N, C]: the mean of two networks, whose errors differ."""
+    """Return out-of-fold logits, [N, C], of models that learned from the trusted labels."""
     first = cross_val_logits(recipe.label_filter, train, seed, device)
     keep = torch.from_numpy(metrics.trusted_labels(first, train.labels))
-    return (first + cross_val_logits(recipe, train, seed, device, keep)) / 2
+    return cross_val_logits(recipe, train, seed, device, keep)
 
 
 def predict_dev(
     recipe: Recipe, train: Dataset, dev: Dataset, seed: int, device: torch.device
 ) -> Tensor:
-    """Return logits of dev, [N, C]: the mean of models trained on the trusted labels of train."""
-    filtered = filter_labels(recipe.label_filter, train, seed, device)
-    jobs = [
-        (each, filtered, dev.images, seed + number, device)
-        for number in range(DEV_MODELS)
-        for each in (recipe, recipe.label_filter)
-    ]
+    """Return logits of dev, [N, C]: the mean of models that learned from the trusted labels."""
+    trusted = filter_labels(recipe.label_filter, train, seed, device)
+    jobs = [(recipe, trusted, dev.images, seed + n, device) for n in range(DEV_MODELS)]
     return torch.stack(list(parallel_map(train_and_predict, jobs, device, "models"))).mean(dim=0)
 
 

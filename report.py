@@ -56,7 +56,7 @@ class Step:
 
     name: str  # of its folder
     title: str
-    weight: float  # its approximate seconds; only the proportions matter
+    weight: float  # its seconds on two slow cores; after the first steps only proportions matter
     # {name} stands for the folder of another step, {labels} for the file of label corrections,
     # {checkpoint} for the model to hand in.
     command: str
@@ -72,30 +72,30 @@ class Step:
 RECIPE = "training.py --recipe"
 ATTACK = "adversarial.py --checkpoint {recipes}/final.ckpt"
 STEPS = (
-    Step("data", "1. What is in the data", 5, "inspectData.py"),
-    Step("pre-trained", "2. The pre-trained model", 3, "evaluation.py"),
-    Step("label-errors", "3c. Which labels are wrong", 90, "label_errors.py"),
-    Step("recipes", "3. The report's recipes, and tuned", 80, f"{RECIPE} all", all_seeds=True),
+    Step("data", "1. What is in the data", 17, "inspectData.py"),
+    Step("pre-trained", "2. The pre-trained model", 9, "evaluation.py"),
+    Step("label-errors", "3c. Which labels are wrong", 300, "label_errors.py"),
+    Step("recipes", "3. The report's recipes, and tuned", 285, f"{RECIPE} all", all_seeds=True),
     Step(
         "corrected-labels",
         "3c. The final recipe with corrected labels",
-        10,
+        70,
         RECIPE + " final --labels {labels}",
         all_seeds=True,
     ),
     Step(
         "mismatch",
         "3g. Pixels in the wrong range",
-        3,
+        7,
         "training.py --show-mismatch --checkpoint {recipes}/final.ckpt",
     ),
-    Step("best", "3. The recipe best", 150, f"{RECIPE} best", all_seeds=True, full=True),
-    Step("tuning", "3i. A search for settings", 220, "tuning.py", full=True),
-    Step("model", "The model to hand in", 3, "evaluation.py --checkpoint {checkpoint}"),
-    Step("learning-rates", "4. Learning rates", 15, "lr_analysis.py", all_seeds=True),
-    Step("robust", "5. The recipe robust", 230, f"{RECIPE} robust", full=True),
-    Step("attacks", "5. Attacks", 25, ATTACK, full=False),
-    Step("attacks", "5. Attacks", 25, ATTACK + " --robust {robust}/robust.ckpt", full=True),
+    Step("best", "3. The recipe best", 450, f"{RECIPE} best", all_seeds=True, full=True),
+    Step("tuning", "3i. A search for settings", 750, "tuning.py", full=True),
+    Step("model", "The model to hand in", 10, "evaluation.py --checkpoint {checkpoint}"),
+    Step("learning-rates", "4. Learning rates", 80, "lr_analysis.py", all_seeds=True),
+    Step("robust", "5. The recipe robust", 730, f"{RECIPE} robust", full=True),
+    Step("attacks", "5. Attacks", 47, ATTACK, full=False),
+    Step("attacks", "5. Attacks", 150, ATTACK + " --robust {robust}/robust.ckpt", full=True),
 )
 
 
