@@ -40,7 +40,7 @@ WEIGHT_DECAY = replace(NAIVE, name="weight-decay", weight_decay=1e-4)  # 3b
 STRICT_SAMPLER = replace(NAIVE, name="strict-sampler", sampler="balanced")  # 3d
 TRANSFORMS = replace(STRICT_SAMPLER, name="transforms", augment_from=10)  # 3e: plain images first
 STEP_LR = replace(TRANSFORMS, name="step-lr", schedule="step")  # 3f
-WEIGHTED_SAMPLER = replace(  # 3h
+WEIGHTED_SAMPLER = replace(  # 3h; docs/ablations.md compares the exponents
     STEP_LR, name="weighted-sampler", sampler="weighted", sampling_exponent=0.25
 )
 FINAL = replace(  # 3i
