@@ -271,7 +271,7 @@ def print_summaries(numbers: dict[str, Any]) -> None:
         "\nuniversal perturbation is added where none was found that lowers the accuracy on train."
     )
     for epsilon, comparison in numbers.get("comparison", {}).get("pgd", {}).items():
-        cli.say(f"PGD of {epsilon}, balanced accuracy: robust is {comparison['text']}")
+        cli.say(f"PGD of {epsilon}, balanced accuracy of robust: {comparison['text']}")
 
 
 def _cells(scores: dict[str, Any]) -> list[str]:
@@ -303,7 +303,8 @@ def draw_fgsm(dataset: Dataset, target: Target) -> Figure:
     }
     for attacked in shown:
         rows[f"epsilon {attacked.key}"] = show_attacked(target, attacked, examples)
-    return draw_rows("FGSM: each image has its own perturbation", rows, bool(examples))
+    title = "FGSM: each image has its own perturbation. Predictions before -> after"
+    return draw_rows(title, rows, bool(examples))
 
 
 def draw_universal(dataset: Dataset, target: Target) -> Figure:
@@ -315,7 +316,8 @@ def draw_universal(dataset: Dataset, target: Target) -> Figure:
         caption = f"perturbation,\n{describe_scale(attacked)}"
         cells = [(rescale(attacked.noise[0], attacked.epsilon), caption)]
         rows[f"epsilon {attacked.key}"] = cells + show_attacked(target, attacked, examples)
-    return draw_rows("One universal perturbation for all images", rows, bool(examples))
+    title = "One universal perturbation for all images (first seed). Predictions before -> after"
+    return draw_rows(title, rows, bool(examples))
 
 
 def draw_perturbations(target: Target) -> Figure:
@@ -328,7 +330,7 @@ def draw_perturbations(target: Target) -> Figure:
         for name, found in target.attacks.items()
         if found[0].noise is not None
     }
-    return draw_rows("Noise that is the same for all images, by epsilon", rows)
+    return draw_rows("Noise that is the same for all images, by epsilon (first seed)", rows)
 
 
 def draw_saliency(dataset: Dataset, targets: dict[str, Target]) -> Figure:
@@ -416,7 +418,7 @@ def draw_rows(title: str, rows: dict[str, list[Cell]], fooled: bool = True) -> F
     title = title if fooled else f"{title} (no image was fooled)"
     columns = max([1, *map(len, rows.values())])
     figure, axes = plots.new_figure(
-        max(1, len(rows)), columns, width=1.35 * columns + 0.5, height=1.7 * len(rows) + 1
+        max(1, len(rows)), columns, width=1.35 * max(4, columns) + 0.5, height=1.7 * len(rows) + 1
     )
     figure.suptitle(textwrap.fill(title, 13 * max(4, columns)), fontsize=11)
     for ax in axes:

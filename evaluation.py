@@ -64,7 +64,9 @@ IMAGES_SHOWN = 12  # in the figure of --image
 MAX_CHECKPOINT_SIZE = 2**26  # bytes; the largest in models/ has 2.4 MB
 MAX_ZIP_SIZE = 2**28  # bytes
 MAX_PER_ZIP = 10  # checkpoints
-MAX_NAME_LENGTH = 60
+SUFFIXES = (".ckpt", ".pt", ".pth")
+MAX_NAME_LENGTH = 60  # in tables and figures
+MAX_UNREAD = 10  # names of files that are not read
 
 
 # ---- checkpoints: in files, folders and zip files -----------------------------------------------
@@ -80,15 +82,20 @@ class Source:
 
 
 def find_sources(paths: Sequence[Path]) -> list[Source]:
-    """Return all checkpoints that the paths lead to; a path that leads to none counts as one."""
-    files: list[Path] = []
+    """Return all checkpoints that the paths lead to; a path that leads to none counts as one.
+
+    Files in a folder are named by their path in it; those with the same name by their full path.
+    """
+    names: dict[Path, str] = {}
     for path in paths:
         inside = sorted(path.rglob("[!.]*")) if path.is_dir() else []
-        files += [f for f in inside if f.suffix.lower() in (".ckpt", ".zip")] or [path]
-    same_name = Counter(file.name for file in set(files))
+        found = [file for file in inside if file.suffix.lower() in (*SUFFIXES, ".zip")]
+        names |= {file: file.relative_to(path).as_posix() for file in found} or {path: path.name}
+        _note_unread(path, [each for each in inside if each not in found])
+    same_name = Counter(names.values())
     sources = []
-    for file in dict.fromkeys(files):
-        name = file.name if same_name[file.name] == 1 else str(file)
+    for file, name in names.items():
+        name = name if same_name[name] == 1 else str(file)
         members = _checkpoints_in_zip(file) if file.suffix.lower() == ".zip" else [""]
         for member in members:
             full_name = name if len(members) == 1 else f"{name}: {member}"
@@ -96,9 +103,23 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
     return sources
 
 
+def _note_unread(folder: Path, others: list[Path]) -> None:
+    """Name what is in a folder of hand-ins and is no checkpoint: other files, empty folders."""
+    unread = [each for each in others if each.is_file() or not any(each.iterdir())]
+    if unread:
+        names = ", ".join(_one_line(str(each.relative_to(folder))) for each in unread[:MAX_UNREAD])
+        more = f" and {len(unread) - MAX_UNREAD} more" if len(unread) > MAX_UNREAD else ""
+        cli.say(f"note: not read, as no checkpoint or zip file: {names}{more}", error=True)
+
+
 def _one_line(name: str) -> str:
-    name = " ".join(cli.clean(name).split())
-    return name if len(name) <= MAX_NAME_LENGTH else f"...{name[3 - MAX_NAME_LENGTH :]}"
+    return " ".join(cli.clean(name).split())
+
+
+def _short(name: str) -> str:
+    """Return a name that fits into a table: of a long one, the start and the end."""
+    half = MAX_NAME_LENGTH // 2
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: half - 3]}...{name[-half:]}"
 
 
 def _checkpoints_in_zip(path: Path) -> list[str]:
@@ -110,7 +131,7 @@ def _checkpoints_in_zip(path: Path) -> list[str]:
             names = dict.fromkeys(archive.namelist())
     except Exception:  # a broken or hostile file can fail in any way; read_source says so
         return [""]
-    found = [name for name in names if re.search(r"(^|/)[^/.][^/]*\.ckpt$", name)]
+    found = [name for name in names if re.search(r"(^|/)[^/.][^/]*\.(ckpt|pth?)$", name)]
     found = [n for n in found if f"/{n}".endswith("/report/model.ckpt")] or found
     return found if 1 <= len(found) <= MAX_PER_ZIP else [""]
 
@@ -126,7 +147,9 @@ def read_source(source: Source) -> bytes:
         kind = "a folder without *.ckpt and *.zip files" if path.is_dir() else "no such file"
         raise UserError(f"{name}: {kind}")
     if path.suffix.lower() == ".zip" and not source.member:
-        raise UserError(f"{name}: not a zip file with 1 to {MAX_PER_ZIP} *.ckpt files in it")
+        if path.stat().st_size > MAX_ZIP_SIZE or not zipfile.is_zipfile(path):
+            raise UserError(f"{name}: broken, too large, or not a zip file")
+        raise UserError(f"{name}: holds no checkpoint, or more than {MAX_PER_ZIP}")
     try:
         if source.member:
             content = _read_member(path, source.member)
@@ -386,13 +409,20 @@ def save_ranking(
 ) -> None:
     """Write ranking.json, ranking.csv for grading, the figure, and each model's predictions."""
     entries = [
-        {"name": m.name, "rank": m.rank, **m.scores, "to_best": m.to_best, "checkpoint": m.metadata}
-        for m in models
+        {
+            "name": model.name,
+            "rank": model.rank,
+            **model.scores,
+            "to_best": model.to_best,
+            "fed_0_to_1": model.other_range,
+            "checkpoint": model.metadata,
+        }
+        for model in models
     ]
     numbers = {"rank_by": rank_by, "split": dataset.split}
     numbers |= {"models": entries, "not_evaluated": dict(failed)}
     results.save_json("ranking", numbers)
-    results.save_text("ranking.csv", format_ranking(models, failed))
+    results.save_text("ranking.csv", format_ranking(models, failed, rank_by))
     results.save_figure("ranking", draw_ranking(models[:MODELS_SHOWN], rank_by))
     taken = set()
     for model in models:
@@ -404,19 +434,24 @@ def save_ranking(
         results.save_text(f"predictions-{name}.csv", text)
 
 
-def format_ranking(models: list[Evaluated], failed: list[tuple[str, str]]) -> str:
-    """Return the ranking as a table (CSV): all scores with their intervals."""
+def format_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_by: str) -> str:
+    """Return the ranking as a table (CSV): all scores with their intervals.
+
+    `to_best` is the difference from the best model in the score that is ranked by.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns = [f"{key}{end}" for key in [*TITLES, "to_best"] for end in ("", "_low", "_high")]
-    writer.writerow(["name", "rank", *columns, "tied_with_best", "not_evaluated"])
+    last = ["ranked_by", "tied_with_best", "g_mean_if_fed_0_to_1", "not_evaluated"]
+    writer.writerow(["name", "rank", *columns, *last])
     for model in models:
         values = [*model.table().values(), [model.to_best["difference"]], model.to_best["interval"]]
         numbers = [f"{value:.4f}" for value in itertools.chain(*values)]
         tied = "yes" if _is_tied(model) else "no"
-        writer.writerow([_cell(model.name), model.rank, *numbers, tied, ""])
+        other = f"{model.other_range['g_mean']:.4f}" if model.other_range else ""
+        writer.writerow([_cell(model.name), model.rank, *numbers, rank_by, tied, other, ""])
     for name, reason in failed:
-        writer.writerow([_cell(name), *[""] * (len(columns) + 2), reason])
+        writer.writerow([_cell(name), *[""] * (len(columns) + 4), reason])
     return file.getvalue()
 
 
@@ -432,14 +467,14 @@ def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_b
     for model in models:
         table, best = model.table(), model.to_best
         value, *ends = table[rank_by]
-        row = [model.name, f"{model.rank}", f"{value:.3f} {_format_interval(ends)}"]
+        row = [_short(model.name), f"{model.rank}", f"{value:.3f} {_format_interval(ends)}"]
         row += [f"{best['difference']:+.3f} {_format_interval(best['interval'], '+')}"]
         rows.append(row + [f"{table[key][0]:.3f}" for key in others])
     rows[0][3] = ""
     headers = ["model", "rank", SCORE_TITLES[rank_by], "difference from the best"]
     cli.print_table(headers + list(others.values()), rows)
     for name, reason in failed:
-        cli.say(f"{name.ljust(max(len(row[0]) for row in rows))}  not evaluated: {reason}")
+        cli.say(f"{_short(name).ljust(max(len(row[0]) for row in rows))}  not evaluated: {reason}")
     cli.say("\nIn brackets: 95% intervals. The last columns: recall of each class.")
 
 
@@ -473,18 +508,19 @@ def describe_metrics(models: list[Evaluated], dataset: Dataset, rank_by: str) ->
     }
     texts = ["Which metric for the competition?"]
     pairs, title = list(itertools.combinations(models, 2)), SCORE_TITLES[rank_by]
-    for score, reward in rewards.items():
+    for score, name in SCORE_TITLES.items():
+        reward = f" rewards {rewards[score]}." if score in rewards else ":"
         values = [_rounded(model, score) for model in models]
         first = [m.name for m, v in zip(models, values, strict=True) if v == max(values)]
         names = ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
         turned = sum(_rounded(worse, score) > _rounded(better, score) for better, worse in pairs)
-        text = f"- {SCORE_TITLES[score]} rewards {reward}. First here: {names}"
+        text = f"- {name}{reward} First here: {names}"
         if score != rank_by:
             text += f"; {turned} of {len(pairs)} pairs in another order than by {title}"
         texts.append(text + ".")
     texts.append(
         "Our answer: G-mean, since no class matters more than another and none may be given up. "
-        "Models that can't be told apart from the best share the first place."
+        "Ranks go by the score alone: models that can't be told apart from the best may be as good."
     )
     return texts
 
@@ -500,10 +536,11 @@ def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
     ):
         for number, key in enumerate(keys):
             x, low, high = np.array([table[key] for table in tables]).T
-            settings = {"fmt": plots.MARKERS[number], "color": colors[number]}
+            settings = {"fmt": plots.MARKERS[number], "color": colors[number % len(colors)]}
             settings |= {"label": TITLES[key], "markersize": 5, "capsize": 2}
-            ax.errorbar(x, y + 0.2 * (number - 1), xerr=(x - low, high - x), **settings)
-        ax.set(xlim=(-0.02, 1.02), ylim=(len(models) - 0.5, -0.5), xlabel="with 95% interval")
+            height = y + 0.6 * ((number + 0.5) / len(keys) - 0.5)
+            ax.errorbar(x, height, xerr=(x - low, high - x), **settings)
+        ax.set(xlim=(-0.02, 1.02), ylim=(len(models) - 0.5, -0.5), xlabel="score, 95% interval")
         ax.set_yticks(y, [""] * len(models))
         ax.grid(axis="x", alpha=0.3)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, frameon=False)
@@ -511,7 +548,9 @@ def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
             ax.axhspan(row - 0.5, row + 0.5, color="0.93", lw=0)
     title = f"Ranked by {SCORE_TITLES[rank_by]}; shaded: cannot be told apart from the best"
     figure.suptitle(title, fontsize=10)
-    axes[0].set_yticks(y, [plots.literal(f"{model.rank}. {model.name}") for model in models])
+    axes[0].set_yticks(
+        y, [plots.literal(f"{model.rank}. {_short(model.name)}") for model in models]
+    )
     return figure
 
 

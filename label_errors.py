@@ -4,7 +4,7 @@
     python label_errors.py --split dev
     python training.py --recipe final --labels results/<data>/label_corrections.csv
 
-Each image is classified by models that were not trained on it. A label that they contradict is
+Each image is classified by models that were not trained on it. A label that they doubt is
 flagged. Corrections that are probable enough are accepted; the others are up to you: open
 label_review.html in a browser, look through the flagged images, and save your decisions. They are
 kept in label_corrections.csv when this script runs again.
@@ -181,7 +181,7 @@ def print_summary(summary: dict[str, dict[str, Any]]) -> None:
 
 
 def draw_sheet(dataset: Dataset, corrections: Sequence[Correction], label: int) -> Figure:
-    """Return the flagged images of a given class, each with the models' prediction."""
+    """Return the flagged images of a given class, each with the most probable other label."""
     flagged = [each for each in corrections if each.given == label]
     shown = flagged[:SHEET_IMAGES]
     captions = [
@@ -192,8 +192,8 @@ def draw_sheet(dataset: Dataset, corrections: Sequence[Correction], label: int) 
     first = f", the first {len(shown)} here" if len(shown) < len(flagged) else ""
     title = (
         f"{len(flagged)} of {dataset.class_counts[label]} labels {CLASS_NAMES[label]} in "
-        f"{dataset.split} are flagged{first}. Above each image: its index, what the models "
-        "predict and how probable it is; ? where that is not accepted"
+        f"{dataset.split} are flagged{first}. Above each image: its index, the most probable "
+        "other label and its probability; ? where that is not accepted"
     )
     return plots.image_grid(title, dataset.images[[each.index for each in shown]], captions, 12)
 

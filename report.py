@@ -550,7 +550,8 @@ def main() -> None:
         page = report.write_page()
         cli.say(f"\nthe page: {page} ({time.perf_counter() - start:.0f} s)")
         if arguments.hand_in:
-            cli.say(f"to hand in: {report.pack(arguments.hand_in)}")
+            packed = report.pack(arguments.hand_in)
+            cli.say(f"{'DRY RUN, not ' if arguments.quick else ''}to hand in: {packed}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ is `train` in common/train.py.
 """
 
 import argparse
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -348,7 +349,7 @@ def show_mismatch(
         for which, (low, high) in (("right_range", own), ("wrong_range", other))
     ]
     cli.print_table(["the same model on", "", *SCORE_TITLES.values()], rows)
-    cli.say(f"In the wrong range, its G-mean is {scores['comparison']['text']}.")
+    cli.say(f"G-mean in the wrong range: {scores['comparison']['text']}.")
 
 
 def load_final(
@@ -458,12 +459,16 @@ def main() -> None:
         return
     dataset = data.load("train", arguments.quick)
     if arguments.labels:
-        dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))
+        corrections = read_corrections(arguments.labels, dataset)
+        dataset = apply_corrections(dataset, corrections)
+        accepted = sum(correction.accept for correction in corrections)
+        cli.say(f"{arguments.labels}: {accepted} of {len(corrections)} corrections are applied\n")
     results = Results(arguments, describe(dataset, dev))
     try:
         trained = train_recipes(recipes, results, dataset, dev, device)
     except KeyboardInterrupt:
-        cli.say("\nrun the same command with --resume to continue", error=True)
+        if cli.PARENT not in os.environ:
+            cli.say("\nrun the same command with --resume to continue", error=True)
         raise
     runs = {recipe.name: [r for r in trained if r.recipe == recipe] for recipe in recipes}
     summaries = {}

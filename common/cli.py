@@ -84,7 +84,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Shows the default of each option that has one; keeps the description's line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if not action.default:
             return action.help
         return super()._get_help_string(action)
 
@@ -111,7 +111,10 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
         "--device", default="auto", help="cuda, mps or cpu; auto takes the first available"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for the results, instead of results/<data>"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to; without it, results/<data>, or report for report.py",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a dry run on few images; its numbers mean nothing"
@@ -142,7 +145,7 @@ def add_checkpoint_option(
 def natural_number(text: str) -> int:
     """Parse a whole number from 0 to MAX_SEED."""
     if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) > MAX_SEED:
-        message = f"{text[:20]!r} is not a whole number from 0 to {MAX_SEED}"
+        message = f"{text[:20]!r} is not a whole number, or is above {MAX_SEED}"
         raise argparse.ArgumentTypeError(message)
     return int(text)
 
@@ -161,7 +164,8 @@ def positive_float(text: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        several = "; separate several by spaces" if "," in text else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0{several}")
     return number
 
 
@@ -188,7 +192,8 @@ def run(main: Callable[[], None]) -> None:
         say(f"error: {' '.join(str(error).split())}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        say("\nstopped; files that were already written are whole", error=True)
+        if PARENT not in os.environ:
+            say("\nstopped; files that were already written are whole", error=True)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -488,8 +488,8 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
         raise UserError(f"{path}: its first line does not name the data that it belongs to")
     if found[1] != dataset.fingerprint:
         raise UserError(
-            f"{path}: is for data with fingerprint {safe_repr(found[1])}; "
-            f"{dataset.name}, {dataset.split} has {dataset.fingerprint}"
+            f"{path}: is for data with fingerprint {safe_repr(found[1])}; {dataset.name}, "
+            f"{dataset.split} has {dataset.fingerprint} (with --quick, that of its first images)"
         )
     rows = {}
     for row in _split_rows(path, lines[1:]):

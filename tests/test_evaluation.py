@@ -198,15 +198,15 @@ def hand_ins(dev_set) -> Path:
     return folder
 
 
-GOOD = ["hand_ins/good.ckpt", "hand_ins/eve/good.ckpt", "ann.zip", "two.zip: a.ckpt"]
+GOOD = ["good.ckpt", "eve/good.ckpt", "ann.zip", "two.zip: a.ckpt"]
 WORSE = ["no_cat.ckpt", "two.zip: b.ckpt", "always_car.ckpt"]
 FAILED = {
     "text.ckpt": "not a file of torch.save",
     "cut.ckpt": "not a file of torch.save",
     "hostile.ckpt": "not a file of torch.save",
     "hostile.zip": "not a file of torch.save",
-    "cut.zip": "not a zip file with 1 to 10 *.ckpt files in it",
-    "none.zip": "not a zip file with 1 to 10 *.ckpt files in it",
+    "cut.zip": "broken, too large, or not a zip file",
+    "none.zip": "holds no checkpoint, or more than 10",
     "bomb.zip": "more than 64 MB",
     "lzma.zip": "not readable",
     "infinite.ckpt": "NaN or infinite",
@@ -307,6 +307,21 @@ def test_ranking_ends_with_one_line_if_nothing_can_be_evaluated(run_script, dev_
 
 def test_a_checkpoint_named_twice_counts_once():
     assert len(evaluation.find_sources([Path("a.ckpt"), Path("a.ckpt")])) == 1
+
+
+def test_hand_ins_keep_their_names_and_what_is_not_read_is_named(tmp_path, capsys):
+    students = [f"{name} {'Maximilian ' * 6}_assignsubmission_file_" for name in ("Ann", "Eve")]
+    for folder in (*students, "late", "later"):
+        (tmp_path / folder).mkdir()
+    for student in students:
+        (tmp_path / student / "model.PT").touch()
+    (tmp_path / "late" / "notes.txt").touch()
+    names = [source.name for source in evaluation.find_sources([tmp_path])]
+    assert names == [f"{student}/model.PT" for student in students]
+    assert [evaluation._short(name)[:3] for name in names] == ["Ann", "Eve"]
+    assert max(len(evaluation._short(name)) for name in names) <= evaluation.MAX_NAME_LENGTH
+    assert "zip file: late/notes.txt, later\n" in capsys.readouterr().err
+    assert len({source.name for source in evaluation.find_sources([tmp_path, tmp_path])}) == 2
 
 
 # ---- images of one's own ------------------------------------------------------------------------
