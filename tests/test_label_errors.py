@@ -317,6 +317,17 @@ def test_the_review_page_in_a_browser(tmp_path):
         browser.wait_for("Page.downloadWillBegin")
         while "completed" not in json.dumps(browser.events):
             browser.events.append(browser.read())
+
+        # Opened again, the page has the decisions; made anew, it has those of the file.
+        rejected = [replace(each, accept=False) for each in corrections]
+        for opened, accepted in (
+            (corrections, "cat 2 of 3, truck 0 of 0, car 2 of 4"),
+            (rejected, "cat 0 of 3, truck 0 of 0, car 0 of 4"),
+        ):
+            page.write_text(label_errors.render_review(dataset, opened, file), encoding="utf-8")
+            browser.call("Page.navigate", url=page.as_uri())
+            browser.wait_for("Page.loadEventFired")
+            assert browser.evaluate(counts) == f"accepted: {accepted}"
         errors = [
             each for each in browser.events if each.get("method") == "Runtime.exceptionThrown"
         ]
