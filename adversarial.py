@@ -417,10 +417,11 @@ def draw_rows(title: str, rows: dict[str, list[Cell]], fooled: bool = True) -> F
     """
     title = title if fooled else f"{title} (no image was fooled)"
     columns = max([1, *map(len, rows.values())])
+    width = max(4, columns)  # a title needs some width too
     figure, axes = plots.new_figure(
-        max(1, len(rows)), columns, width=1.35 * max(4, columns) + 0.5, height=1.7 * len(rows) + 1
+        max(1, len(rows)), columns, width=1.35 * width + 0.5, height=1.7 * len(rows) + 1
     )
-    figure.suptitle(textwrap.fill(title, 13 * max(4, columns)), fontsize=11)
+    figure.suptitle(textwrap.fill(title, plots.LETTERS_PER_COLUMN * width), fontsize=11)
     for ax in axes:
         ax.set(xticks=[], yticks=[], frame_on=False)
     for row, (label, cells) in enumerate(rows.items()):

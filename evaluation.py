@@ -91,7 +91,7 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
         inside = sorted(path.rglob("[!.]*")) if path.is_dir() else []
         found = [file for file in inside if file.suffix.lower() in (*SUFFIXES, ".zip")]
         names |= {file: file.relative_to(path).as_posix() for file in found} or {path: path.name}
-        _note_unread(path, [each for each in inside if each not in found])
+        _note_unread(path, sorted(set(inside) - set(found)))
     same_name = Counter(names.values())
     sources = []
     for file, name in names.items():
@@ -131,7 +131,7 @@ def _checkpoints_in_zip(path: Path) -> list[str]:
             names = dict.fromkeys(archive.namelist())
     except Exception:  # a broken or hostile file can fail in any way; read_source says so
         return [""]
-    found = [name for name in names if re.search(r"(^|/)[^/.][^/]*\.(ckpt|pth?)$", name)]
+    found = [n for n in names if n.endswith(SUFFIXES) and n.rpartition("/")[2][0] != "."]
     found = [n for n in found if f"/{n}".endswith("/report/model.ckpt")] or found
     return found if 1 <= len(found) <= MAX_PER_ZIP else [""]
 
@@ -144,7 +144,8 @@ def read_source(source: Source) -> bytes:
     """
     name, path = source.name, source.path
     if not path.is_file():
-        kind = "a folder without *.ckpt and *.zip files" if path.is_dir() else "no such file"
+        kinds = ", ".join(SUFFIXES)
+        kind = f"a folder without {kinds} and .zip files" if path.is_dir() else "no such file"
         raise UserError(f"{name}: {kind}")
     if path.suffix.lower() == ".zip" and not source.member:
         if path.stat().st_size > MAX_ZIP_SIZE or not zipfile.is_zipfile(path):

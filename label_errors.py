@@ -33,7 +33,13 @@ from common.data import (
 )
 from common.model import choose_device
 from common.recipes import BEST, TUNED, Recipe, with_epochs
-from common.train import cross_val_logits, filter_labels, parallel_map, train_and_predict
+from common.train import (
+    IGNORE_INDEX,
+    cross_val_logits,
+    filter_labels,
+    parallel_map,
+    train_and_predict,
+)
 
 import numpy as np
 import torch
@@ -65,9 +71,8 @@ SHEET_IMAGES = 120  # of one class, at most
 
 def predict_train(recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> Tensor:
     """Return out-of-fold logits, [N, C], of models that learned from the trusted labels."""
-    first = cross_val_logits(recipe.label_filter, train, seed, device)
-    keep = torch.from_numpy(metrics.trusted_labels(first, train.labels))
-    return cross_val_logits(recipe, train, seed, device, keep)
+    trusted = filter_labels(recipe.label_filter, train, seed, device)
+    return cross_val_logits(recipe, train, seed, device, trusted.labels != IGNORE_INDEX)
 
 
 def predict_dev(

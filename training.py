@@ -11,7 +11,6 @@ is `train` in common/train.py.
 """
 
 import argparse
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -459,16 +458,12 @@ def main() -> None:
         return
     dataset = data.load("train", arguments.quick)
     if arguments.labels:
-        corrections = read_corrections(arguments.labels, dataset)
-        dataset = apply_corrections(dataset, corrections)
-        accepted = sum(correction.accept for correction in corrections)
-        cli.say(f"{arguments.labels}: {accepted} of {len(corrections)} corrections are applied\n")
+        dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))
     results = Results(arguments, describe(dataset, dev))
     try:
         trained = train_recipes(recipes, results, dataset, dev, device)
     except KeyboardInterrupt:
-        if cli.PARENT not in os.environ:
-            cli.say("\nrun the same command with --resume to continue", error=True)
+        cli.say_stopped("run the same command with --resume to continue")
         raise
     runs = {recipe.name: [r for r in trained if r.recipe == recipe] for recipe in recipes}
     summaries = {}

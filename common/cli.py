@@ -55,6 +55,12 @@ def say(text: str = "", error: bool = False) -> None:
     print(clean(text), file=sys.stderr if error else sys.stdout)
 
 
+def say_stopped(text: str) -> None:
+    """Say something after Ctrl-C; not in a script that report.py runs, which says it itself."""
+    if PARENT not in os.environ:
+        say(f"\n{text}", error=True)
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under their headers: the first column aligned left, the others right."""
     rows = [[clean(cell) for cell in row] for row in rows]
@@ -192,8 +198,7 @@ def run(main: Callable[[], None]) -> None:
         say(f"error: {' '.join(str(error).split())}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        if PARENT not in os.environ:
-            say("\nstopped; files that were already written are whole", error=True)
+        say_stopped("stopped; files that were already written are whole")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -345,11 +350,11 @@ class Results:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
-            if not arguments.out:
-                (self.folder / OWNER).write_text(owner, encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {self.folder}: can't be written: {error.strerror}") from error
         remove_leftovers(self.folder)
+        if not arguments.out:
+            write_text(self.folder / OWNER, owner)
         if arguments.quick:
             say("QUICK DRY RUN on a few images: its numbers mean nothing\n")
 

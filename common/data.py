@@ -445,15 +445,15 @@ class Correction:
 
 
 def apply_corrections(dataset: Dataset, corrections: Sequence[Correction]) -> Dataset:
-    """Return the data set with the accepted labels in place of the given ones.
+    """Return the data set with the accepted labels in place of the given ones; say how many.
 
     Raises:
         UserError: a class would have no images left.
     """
-    labels = dataset.labels.clone()
-    for correction in corrections:
-        if correction.accept:
-            labels[correction.index] = correction.suggested
+    labels, accepted = dataset.labels.clone(), [each for each in corrections if each.accept]
+    for correction in accepted:
+        labels[correction.index] = correction.suggested
+    say(f"label corrections: {len(accepted)} of {len(corrections)} are applied\n")
     corrected = replace(dataset, labels=labels)
     _check_classes(corrected, "with the label corrections")
     return corrected

@@ -187,6 +187,7 @@ def test_images_that_the_first_models_flag_are_not_trained_on_by_the_next(monkey
         return logits + 10 * (keep is not None)
 
     monkeypatch.setattr(label_errors, "cross_val_logits", fake)
+    monkeypatch.setattr("common.train.cross_val_logits", fake)  # of filter_labels
     recipe = label_errors.RECIPE
     logits = label_errors.predict_train(recipe, train, 0, torch.device("cpu"))
     (first, everything), (second, keep) = calls
