@@ -93,8 +93,6 @@ def pgd(
     alpha: float | None = None,
     steps: int = 40,
     random_start: bool = True,
-    restarts: int = 1,
-    targeted: bool = False,
     stop_early: bool = True,
 ) -> Tensor:
     """Projected gradient descent (Madry et al., 2018): FGSM steps, projected onto the epsilon ball.
@@ -103,44 +101,33 @@ def pgd(
 
     Args:
         images: [B, 3, 32, 32] in [0, 1].
-        labels: the true classes, int64 [B]; with `targeted`, the classes to be predicted instead.
+        labels: the true classes, int64 [B].
         epsilon: in pixel units, up to 1.
         alpha: step size in pixel units; None means 2.5 epsilon / steps, as in the paper.
         random_start: start at a random point of the ball, not at the image.
-        restarts: number of attempts, each from another random start.
-        targeted: decrease the loss instead of increasing it.
         stop_early: stop changing an image once it is misclassified. This saves most of the work,
-            and further steps and restarts can't undo a success.
+            and further steps can't undo a success.
 
     Returns:
         adversarial images, [B, 3, 32, 32] in [0, 1].
     """
-    if restarts > 1 and not random_start:
-        raise ValueError("restarts need a random start: without it, all are the same")
     alpha = 2.5 * epsilon / steps if alpha is None else alpha
-    alpha = -alpha if targeted else alpha
-
-    def succeeded(logits: Tensor, index: Tensor) -> Tensor:
-        return (logits.argmax(dim=1) == labels[index]) == targeted
-
     adversarial = images.clone()
-    left = torch.arange(len(images), device=images.device)
-    for _ in range(restarts):
+    active = torch.arange(len(images), device=images.device)
+    if stop_early:
+        with torch.no_grad():
+            active = active[model(images).argmax(dim=1) == labels]
+    if random_start:
+        adversarial[active] = _random_start(images[active], epsilon)
+    for _ in range(steps):
+        if len(active) == 0:
+            break
+        gradient, logits = input_gradient(model, adversarial[active], labels[active])
         if stop_early:
-            with torch.no_grad():
-                left = left[~succeeded(model(adversarial[left]), left)]
-        if random_start:
-            adversarial[left] = _random_start(images[left], epsilon)
-        active = left
-        for _ in range(steps):
-            if len(active) == 0:
-                break
-            gradient, logits = input_gradient(model, adversarial[active], labels[active])
-            if stop_early:
-                goes_on = ~succeeded(logits, active)
-                active, gradient = active[goes_on], gradient[goes_on]
-            moved = adversarial[active] + alpha * gradient.sign()
-            adversarial[active] = project(moved, images[active], epsilon)
+            correct = logits.argmax(dim=1) == labels[active]
+            active, gradient = active[correct], gradient[correct]
+        moved = adversarial[active] + alpha * gradient.sign()
+        adversarial[active] = project(moved, images[active], epsilon)
     return adversarial
 
 
