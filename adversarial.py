@@ -23,9 +23,9 @@ from common.attacks import (
     UNIVERSAL_STEPS,
     fgsm,
     in_batches,
-    input_gradient,
     pgd,
     random_noise,
+    saliency,
     universal_perturbation,
 )
 from common.cli import PROJECT, Results, UserError
@@ -200,19 +200,17 @@ def expected_seconds(model: Classifier, dev: Dataset, epsilons: int) -> float:
 # ---- numbers --------------------------------------------------------------------------------
 
 
-def summarize(target: Target, labels: Tensor, seed: int) -> dict[str, Any]:
+def summarize(target: Target, labels: Tensor) -> dict[str, Any]:
     """Return a model's entry in the JSON file: its scores, clean and under each attack."""
     by_attack = {
-        name: {each.key: summarize_attack(labels, target.predicted, each, seed) for each in found}
+        name: {each.key: summarize_attack(labels, target.predicted, each) for each in found}
         for name, found in target.attacks.items()
     }
-    clean = metrics.evaluate(labels, target.predicted, seed)
+    clean = metrics.evaluate(labels, target.predicted)
     return {"checkpoint": target.metadata, "clean": clean, "attacks": by_attack}
 
 
-def summarize_attack(
-    labels: Tensor, before: Tensor, attacked: Attacked, seed: int
-) -> dict[str, Any]:
+def summarize_attack(labels: Tensor, before: Tensor, attacked: Attacked) -> dict[str, Any]:
     """Return the scores under an attack, its success rate, and the most predicted class.
 
     Over several runs, all values are means, interval ends included; `spread` is the standard
@@ -221,7 +219,7 @@ def summarize_attack(
     Args:
         before: the classes predicted without an attack, [N].
     """
-    runs = [summarize_run(labels, before, after, seed) for after in attacked.predicted]
+    runs = [summarize_run(labels, before, after) for after in attacked.predicted]
     fraction, label = (attacked.predicted.flatten().bincount() / attacked.predicted.numel()).max(0)
     summary = metrics.mean_over_runs(runs)
     summary["most_predicted"] = {"class": CLASS_NAMES[label], "fraction": fraction.item()}
@@ -231,11 +229,11 @@ def summarize_attack(
     return summary
 
 
-def summarize_run(labels: Tensor, before: Tensor, after: Tensor, seed: int) -> dict[str, Any]:
+def summarize_run(labels: Tensor, before: Tensor, after: Tensor) -> dict[str, Any]:
     """Return scores, and the success rate over the images that were classified correctly."""
     correct = before == labels
     fooled, total = int((after != labels)[correct].sum()), int(correct.sum())
-    scores = metrics.evaluate(labels, after, seed)
+    scores = metrics.evaluate(labels, after)
     scores["success_rate"] = fooled / total if total else None
     interval = list(metrics.wilson_interval(fooled, total)) if total else None
     scores["interval"]["success_rate"] = interval
@@ -267,11 +265,11 @@ def print_summaries(numbers: dict[str, Any]) -> None:
     cli.say(
         "\nIn brackets: 95% intervals. Success rate: over the images classified correctly without"
         "\nan attack; all else is over all images (the report's FGSM: over those images only)."
-        "\nNoise that is the same for all images: mean of several seeds ± standard deviation. No"
-        "\nuniversal perturbation is added where none was found that lowers the accuracy on train."
+        "\nNoise that is the same for all images: mean of several seeds ± standard deviation. A"
+        "\nuniversal perturbation that does not lower the balanced accuracy on train is left out."
     )
     for epsilon, comparison in numbers.get("comparison", {}).get("pgd", {}).items():
-        cli.say(f"PGD of {epsilon}, balanced accuracy of robust: {comparison['text']}")
+        cli.say(f"PGD with epsilon {epsilon}, balanced accuracy of robust: {comparison['text']}")
 
 
 def _cells(scores: dict[str, Any]) -> list[str]:
@@ -345,8 +343,8 @@ def draw_saliency(dataset: Dataset, targets: dict[str, Target]) -> Figure:
         cells: list[Cell] = [(clean, "clean")]
         for name, target in targets.items():
             attacked = target.attacks["fgsm"][place]
-            before = saliency(target.model, clean, label)
-            after = saliency(target.model, attacked.images[index], label)
+            images = torch.stack([clean, attacked.images[index]])
+            before, after = saliency(target.model, images, torch.tensor([label, label]))
             cells.append((before, f"{name}, clean:\nmaximum {before.max():.2g}"))
             cells += show_attacked(target, attacked, [index])
             cells.append((after, f"{name}, attacked:\nmaximum {after.max():.2g}"))
@@ -388,14 +386,6 @@ def show_attacked(target: Target, attacked: Attacked, examples: list[int]) -> li
         names = f"{CLASS_NAMES[before.argmax()]} -> {CLASS_NAMES[after.argmax()]}"
         cells.append((attacked.images[index], f"{names}\n{before.max():.0%} -> {after.max():.0%}"))
     return cells
-
-
-def saliency(model: Classifier, image: Tensor, label: int) -> Tensor:
-    """Return the absolute input gradient, summed over colors, [32, 32] (Simonyan et al., 2014)."""
-    device = next(model.parameters()).device
-    labels = torch.tensor([label], device=device)
-    gradient, _ = input_gradient(model, image[None].to(device), labels)
-    return gradient[0].abs().sum(dim=0).cpu()
 
 
 def rescale(noise: Tensor, epsilon: float) -> Tensor:
@@ -560,8 +550,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--robust",
         type=Path,
         metavar="FILE",
-        help="the model to compare with; without it, results/<data>/robust.ckpt, or else, but for "
-        "synthetic images, models/robust.ckpt",
+        help="the robust model to compare with (default: results/<data>/robust.ckpt if it was "
+        "trained on this data, else models/robust.ckpt, but none for synthetic images)",
     )
     parser.add_argument(
         "--epsilons",
@@ -575,7 +565,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--images",
         type=cli.positive_int,
         metavar="N",
-        help="number of random dev images to attack; without it, as many as a few minutes allow",
+        help="number of random dev images to attack (default: as many as a few minutes allow)",
     )
     parser.add_argument(
         "--save-images", action="store_true", help="write all attacked images, 10 MB an attack"
@@ -597,7 +587,7 @@ def main() -> None:
     }
     loaded = {name: load(path, arguments.pixel_range) for name, path in paths.items() if path}
     if arguments.pixel_range and not any(is_bare(path) for path in paths.values() if path):
-        raise UserError("--pixel-range: each of these checkpoints has its own; leave it out")
+        raise UserError("--pixel-range: each of these checkpoints has its own; omit the option")
     if training_set is None:
         cli.say("no training set to fit universal perturbations on: they are left out")
 
@@ -616,9 +606,7 @@ def main() -> None:
         )
         targets[name] = Target(model, metadata, predict_logits(model, dev.images), found)
 
-    summaries = {
-        name: summarize(each, dev.labels, arguments.seed) for name, each in targets.items()
-    }
+    summaries = {name: summarize(each, dev.labels) for name, each in targets.items()}
     numbers = {"images": len(dev), "models": summaries}
     if "robust" in targets:
         numbers["comparison"] = compare(targets["robust"], targets["plain"], dev.labels)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, metrics, plots
-from common.attacks import input_gradient
+from common.attacks import saliency
 from common.cli import Results, UserError
 from common.data import CLASS_NAMES, SPLITS, Dataset, describe, open_data, read_image, to_float
 from common.metrics import SCORE_TITLES
@@ -223,7 +223,7 @@ def evaluate(
     logits = predict_logits(model, dataset.images)
     if not logits.isfinite().all():
         raise UserError(f"{source.name}: its logits are NaN or infinite")
-    scores = metrics.evaluate(dataset.labels, logits.argmax(dim=1), arguments.seed)
+    scores = metrics.evaluate(dataset.labels, logits.argmax(dim=1))
     found = Evaluated(source.name, metadata, logits, scores)
     if bare and not arguments.pixel_range:
         other = predict_logits(with_pixel_range(model, (0.0, 1.0)), dataset.images).argmax(dim=1)
@@ -286,12 +286,12 @@ def describe_pixel_range(found: Evaluated) -> str:
     own, other = found.scores, found.other_range
     low, high = other["comparison"]["interval"]
     if low > 0:
-        verdict = "is better: --pixel-range 0,1 takes it"
+        verdict = "is better: use --pixel-range 0,1"
     else:
         verdict = "is worse" if high < 0 else "makes no clear difference"
     return (
-        f"{found.name} does not say its pixel range. Taken: the course's [-1, 1], with G-mean "
-        f"{own['g_mean']:.3f}, accuracy {own['accuracy']:.3f}. [0, 1], with "
+        f"{found.name} does not state its pixel range. Assumed: [-1, 1], as in the course, with "
+        f"G-mean {own['g_mean']:.3f} and accuracy {own['accuracy']:.3f}. [0, 1], with "
         f"{other['g_mean']:.3f} and {other['accuracy']:.3f}, {verdict}."
     )
 
@@ -571,12 +571,12 @@ def classify_files(arguments: argparse.Namespace) -> None:
     model, _ = load_checkpoint(file, arguments.pixel_range, sources[0].name)
     if is_bare(file) and not arguments.pixel_range:
         cli.say(ASSUMED_RANGE)
-    device = choose_device(arguments.device)
     names, images = read_images(arguments.image)
-    probabilities = predict_logits(model.to(device), images).softmax(dim=1)
+    model.to(choose_device(arguments.device))
+    probabilities = predict_logits(model, images).softmax(dim=1)
     predicted = probabilities.argmax(dim=1)
-    shown = to_float(images[:IMAGES_SHOWN]).to(device)
-    gradient, _ = input_gradient(model, shown, predicted[:IMAGES_SHOWN].to(device))
+    shown = images[:IMAGES_SHOWN]
+    maps = saliency(model, to_float(shown), predicted[:IMAGES_SHOWN])
 
     fingerprint = Dataset("images", "files", images, predicted).fingerprint
     data = {"name": "images", "splits": {"files": {"fingerprint": fingerprint}}}
@@ -586,7 +586,7 @@ def classify_files(arguments: argparse.Namespace) -> None:
         for name, y, p in zip(names, predicted, probabilities.tolist(), strict=True)
     ]
     results.save_json("images", {"checkpoint": sources[0].name, "images": found})
-    results.save_figure("images", draw_images(found[:IMAGES_SHOWN], images, gradient.cpu()))
+    results.save_figure("images", draw_images(found[:IMAGES_SHOWN], shown, maps))
     cli.say(f"{sources[0].name} predicts:\n")
     rows = [
         [each["file"], each["predicted"], *(f"{each[name]:.3f}" for name in CLASS_NAMES)]
@@ -611,14 +611,10 @@ def read_images(paths: Sequence[Path]) -> tuple[list[str], Tensor]:
     return names, torch.stack(images)
 
 
-def draw_images(found: list[dict[str, Any]], images: Tensor, gradient: Tensor) -> Figure:
-    """Return a row for each file: the image at 32x32, the saliency map, the probabilities.
-
-    The saliency map is the absolute gradient of the loss at each pixel (Simonyan et al. 2014).
-    """
+def draw_images(found: list[dict[str, Any]], images: Tensor, maps: Tensor) -> Figure:
+    """Return a row for each file: the image at 32x32, the saliency map, the probabilities."""
     figure, axes = plots.new_figure(len(found), 3, width=7, height=2 * len(found) + 0.8)
-    saliency = gradient.abs().amax(dim=1)
-    for row, (each, image, heat) in enumerate(zip(found, images, saliency, strict=False)):
+    for row, (each, image, heat) in enumerate(zip(found, images, maps, strict=True)):
         left, middle, right = axes[3 * row : 3 * row + 3]
         plots.show_image(left, image, plots.literal(each["file"]))
         middle.imshow(heat.numpy(), cmap="magma")
@@ -637,8 +633,8 @@ def draw_images(found: list[dict[str, Any]], images: Tensor, gradient: Tensor) -
 def main() -> None:
     """Evaluate one checkpoint, rank several, or classify image files."""
     parser = cli.make_parser(__doc__)
-    without = "models/pre_trained.ckpt; several, folders and zip files are ranked"
-    cli.add_checkpoint_option(parser, without, several=True)
+    default = "models/pre_trained.ckpt; several, folders and zip files are ranked"
+    cli.add_checkpoint_option(parser, default, several=True)
     parser.add_argument("--split", choices=SPLITS, default="dev", help="the split to evaluate on")
     parser.add_argument(
         "--rank-by", choices=tuple(SCORE_TITLES), default="g_mean", help="score of the ranking"

@@ -327,8 +327,8 @@ def format_p_value(p_value: float | None) -> str:
 def print_verdicts(numbers: dict[str, Any]) -> None:
     """Say in words what the tests found."""
     for split, found in numbers["splits"].items():
-        independent = f"{split}: class and position in the file are independent"
-        dependent = f"{split}: the classes are in blocks or drift along the file"
+        independent = f"in {split}, class and position in the file are independent"
+        dependent = f"in {split}, the classes are in blocks or drift along the file"
         cli.say(verdict(found["independence_p_value"], independent, dependent))
     if "class_fractions_p_value" in numbers:
         same = "dev has the same class fractions as train"
@@ -339,9 +339,9 @@ def print_verdicts(numbers: dict[str, Any]) -> None:
 def verdict(p_value: float | None, holds: str, fails: str) -> str:
     """Say what a p-value means."""
     if p_value is None:
-        return f"{holds}? There are too few images to test that."
+        return f"Too few images to test whether {holds}."
     text = f"{holds}, as far as a test can tell" if p_value >= 0.05 else fails
-    return f"{text} (p = {format_p_value(p_value)})."
+    return f"{text[0].upper()}{text[1:]} (p = {format_p_value(p_value)})."
 
 
 def print_pairs(pairs: list[Pair]) -> None:
@@ -387,7 +387,7 @@ def main() -> None:
     if arguments.export and arguments.export.exists():
         raise UserError(f"--export {arguments.export}: exists already; name a new folder")
     if arguments.export and arguments.quick:
-        raise UserError("--export: writes the whole set; leave out --quick")
+        raise UserError("--export: writes the whole set; omit --quick")
     folder = open_data(arguments.data)
     datasets = {s: folder.load(s, arguments.quick) for s in SPLITS if folder.has(s)}
     results = cli.Results(arguments, describe(*datasets.values()))

@@ -4,8 +4,8 @@
     python label_errors.py --split dev
     python training.py --recipe final --labels results/<data>/label_corrections.csv
 
-Each image is classified by models that were not trained on it. A label that they doubt is
-flagged. Corrections that are probable enough are accepted; the others are up to you: open
+Each image is classified by models that were not trained on it. A label that they contradict
+is flagged. Corrections that are probable enough are accepted; the others are up to you: open
 label_review.html in a browser, look through the flagged images, and save your decisions. They are
 kept in label_corrections.csv when this script runs again.
 """
@@ -69,18 +69,18 @@ ACCEPT_THRESHOLD = 0.5
 SHEET_IMAGES = 120  # of one class, at most
 
 
-def predict_train(recipe: Recipe, train: Dataset, seed: int, device: torch.device) -> Tensor:
-    """Return out-of-fold logits, [N, C], of models that learned from the trusted labels."""
-    trusted = filter_labels(recipe.label_filter, train, seed, device)
-    return cross_val_logits(recipe, train, seed, device, trusted.labels != IGNORE_INDEX)
-
-
-def predict_dev(
-    recipe: Recipe, train: Dataset, dev: Dataset, seed: int, device: torch.device
+def predict(
+    recipe: Recipe, train: Dataset, dataset: Dataset, seed: int, device: torch.device
 ) -> Tensor:
-    """Return logits of dev, [N, C]: the mean of models that learned from the trusted labels."""
+    """Return logits, [N, C], of models that learned from the trusted labels of train.
+
+    Args:
+        dataset: train itself, for out-of-fold logits; or dev, for the mean of DEV_MODELS models.
+    """
     trusted = filter_labels(recipe.label_filter, train, seed, device)
-    jobs = [(recipe, trusted, dev.images, seed + n, device) for n in range(DEV_MODELS)]
+    if dataset is train:
+        return cross_val_logits(recipe, train, seed, device, trusted.labels != IGNORE_INDEX)
+    jobs = [(recipe, trusted, dataset.images, seed + n, device) for n in range(DEV_MODELS)]
     return torch.stack(list(parallel_map(train_and_predict, jobs, device, "models"))).mean(dim=0)
 
 
@@ -261,10 +261,7 @@ def main() -> None:
     read_decisions(earlier, dataset)  # reports a broken file before the long work
 
     recipe = with_epochs(RECIPE, None, arguments.quick)
-    if dataset is train:
-        logits = predict_train(recipe, train, arguments.seed, device)
-    else:
-        logits = predict_dev(recipe, train, dataset, arguments.seed, device)
+    logits = predict(recipe, train, dataset, arguments.seed, device)
     posterior = metrics.label_posterior(logits, dataset.labels)
     at_chance = is_chance_level(logits, dataset.labels)
     found = [] if at_chance else find_corrections(dataset, posterior)
@@ -287,7 +284,7 @@ def main() -> None:
     if decided:
         cli.say(
             f"\nThe {len(decided)} rows that were already in {earlier.name} are kept as they were. "
-            "Delete the file to start anew."
+            "Delete the file to start over."
         )
     results.print_written()
 

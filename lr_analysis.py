@@ -3,8 +3,8 @@
     python lr_analysis.py
     python lr_analysis.py --rates 0.01 0.001 0.0001 --seed 0,1,2
 
-First the report's experiment: the course's CNN is trained at each of five learning rates, on
-classes drawn in equal parts, and the loss is plotted by step. Then the learning-rate range test
+First the report's experiment: the course's CNN is trained at each of five learning rates, with
+class-balanced sampling, and the loss is plotted by step. Then the learning-rate range test
 (Smith, "Cyclical learning rates for training neural networks", 2017): one short run in which
 the rate rises with every step, and the loss shows which rates are useful.
 """
@@ -29,7 +29,7 @@ from scipy.signal import lfilter
 from torch import nn
 
 REPORT_RATES = (0.5, 0.05, 0.005, 0.0005, 0.00005)
-MODEL = "the course's CNN on classes drawn in equal parts"
+MODEL = "the course's CNN with class-balanced sampling"
 # Without augmentation, weight decay or schedule, which would mask the effect of the rate.
 RECIPE = replace(NAIVE, name="learning-rates", sampler="balanced", epochs=8)
 
@@ -262,7 +262,7 @@ def main() -> None:
         help="the learning rates to compare",
     )
     parser.add_argument(
-        "--epochs", type=cli.positive_int, help=f"at each rate; without it, {RECIPE.epochs}"
+        "--epochs", type=cli.positive_int, help=f"at each rate (default: {RECIPE.epochs})"
     )
     arguments = parser.parse_args()
     device = choose_device(arguments.device)

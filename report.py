@@ -15,7 +15,6 @@ import base64
 import contextlib
 import csv
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -169,12 +168,12 @@ class Report:
         }
 
     def state_of(self, step: Step) -> dict[str, Any]:
-        """Return the step.json of an earlier run; {} if it is missing or unusable."""
+        """Return the step.json of an earlier run; {} if it is missing or broken."""
         try:
-            state = cli.read_json(Path(self.paths[step.name]) / "step.json")
-        except UserError:
+            state = dict(cli.read_json(Path(self.paths[step.name]) / "step.json"))
+        except (UserError, TypeError, ValueError):
             return {}
-        seconds = state.get("seconds") if isinstance(state, dict) else "no dict"
+        seconds = state.get("seconds")
         possible = isinstance(seconds, float) and 0 <= seconds < MAX_STEP_SECONDS  # not NaN
         return state if possible or seconds is None else {}
 
@@ -201,11 +200,11 @@ class Report:
         else:
             for checkpoint in folder.glob("*.ckpt"):  # or a later --resume would continue them
                 checkpoint.unlink()
-        write_json(folder / "step.json", origin | {"seconds": None})
+        cli.write_json(folder / "step.json", origin | {"seconds": None})
         with (folder / "printed.txt").open("wb") as printed:
             run_script(step.script, options, printed)
         seconds = round(time.perf_counter() - start, 1)
-        write_json(folder / "step.json", origin | {"seconds": seconds})
+        cli.write_json(folder / "step.json", origin | {"seconds": seconds})
         return seconds
 
     def compare_steps(self) -> None:
@@ -214,7 +213,7 @@ class Report:
         if self.arguments.full:
             found["best"] = self.compare("best/best", "recipes/tuned")
         found["near_duplicates"] = self.without_near_duplicates()
-        write_json(self.folder / "steps/comparisons.json", found)
+        cli.write_json(self.folder / "steps/comparisons.json", found)
 
     def compare(self, run: str, baseline: str) -> dict[str, Any]:
         """Return the paired differences between two recipes of different steps."""
@@ -335,11 +334,6 @@ def digest(paths: list[Path]) -> str:
     """Return a fingerprint of the contents of files."""
     each = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)]
     return hashlib.sha256(" ".join(each).encode()).hexdigest()[:12]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
-    cli.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -514,12 +508,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="also train the recipes best and robust, and run tuning.py",
     )
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="your reviewed label corrections, instead of the automatic ones",
-    )
+    cli.add_labels_option(parser, "your reviewed label corrections, instead of the automatic ones")
     parser.add_argument(
         "--hand-in", type=hand_in_name, metavar="NAME", help="pack everything into NAME.zip"
     )

@@ -102,15 +102,19 @@ class Trained:
 
 
 def train_recipes(
-    recipes: list[Recipe], results: Results, dataset: Dataset, dev: Dataset, device: torch.device
+    recipes: list[Recipe],
+    arguments: argparse.Namespace,
+    results: Results,
+    dataset: Dataset,
+    dev: Dataset,
 ) -> list[Trained]:
     """Train each recipe with each seed, as many runs at once as there are cores."""
-    jobs, resume = [], results.settings["resume"]
+    jobs, device = [], choose_device(arguments.device)
     for recipe in recipes:
-        for number, seed in enumerate(results.settings["seed"]):
-            path = results.folder / f"{run_name(recipe, seed, results)}.ckpt"
+        for number, seed in enumerate(arguments.seed):
+            path = results.folder / f"{run_name(recipe, seed, arguments)}.ckpt"
             metadata = describe_run(recipe, dataset, seed, device)
-            earlier = find_earlier(path, metadata) if resume else {}
+            earlier = find_earlier(path, metadata) if arguments.resume else {}
             kept = dataset
             if "labels" in earlier:
                 kept = replace(dataset, labels=earlier["labels"])
@@ -120,14 +124,14 @@ def train_recipes(
     trained = []
     threads = max(recipe.threads for recipe in recipes)
     for run in parallel_map(train_run, jobs, device, "runs", threads):
-        results.written.append(results.folder / f"{run_name(run.recipe, run.seed, results)}.ckpt")
+        results.written.append(results.folder / f"{run_name(run.recipe, run.seed, arguments)}.ckpt")
         trained.append(run)
     return trained
 
 
-def run_name(recipe: Recipe, seed: int, results: Results) -> str:
+def run_name(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> str:
     """Return the name of a run's files: the recipe's; with its seed unless it is the first."""
-    return recipe.name if seed == results.settings["seed"][0] else f"{recipe.name}-seed{seed}"
+    return recipe.name if seed == arguments.seed[0] else f"{recipe.name}-seed{seed}"
 
 
 def train_run(
@@ -198,7 +202,7 @@ def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
             if other:
                 raise UserError(
                     f"{file}: is of a run with another {' and '.join(other)}; repeat its command, "
-                    "or leave --resume out to overwrite it"
+                    "or omit --resume to overwrite it"
                 )
             return load_training(file)
     return {}
@@ -216,7 +220,7 @@ def summarize(runs: list[Trained], dev: Dataset, baseline: list[Trained]) -> dic
     Args:
         baseline: the runs of the recipe to compare with, if it was trained too.
     """
-    scores = [metrics.evaluate(dev.labels, run.predicted, run.seed) for run in runs]
+    scores = [metrics.evaluate(dev.labels, run.predicted) for run in runs]
     names = (*SCORE_TITLES, "recall", "precision")
     combined = [{name: each[name] for name in names} for each in scores]
     return {
@@ -407,7 +411,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         metavar="NAME[,NAME...]",
-        help=f"{', '.join(RECIPES)}; or all (the report's and tuned); without it, final",
+        help=f"{', '.join(RECIPES)}; or all (the report's and tuned); default: final",
     )
     parser.add_argument(
         "--settings",
@@ -418,12 +422,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=cli.positive_int, help="number of epochs, instead of the recipe's"
     )
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="correct the labels first, by the accepted rows of this file from label_errors.py",
-    )
+    cli.add_labels_option(parser)
     parser.add_argument(
         "--resume", action="store_true", help="resume stopped runs of the same command"
     )
@@ -436,9 +435,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     names = ("recipe", "settings", "epochs", "labels", "resume")
     if arguments.show_mismatch and any(getattr(arguments, name) for name in names):
-        parser.error("--show-mismatch trains nothing; leave --recipe and the like out")
+        parser.error("--show-mismatch trains nothing; omit the options of training")
     if arguments.recipe and arguments.settings:
-        parser.error("--settings is a recipe of its own; leave --recipe out")
+        parser.error("--recipe and --settings exclude each other")
     if (arguments.checkpoint or arguments.pixel_range) and not arguments.show_mismatch:
         parser.error("--checkpoint and --pixel-range go with --show-mismatch")
     return arguments
@@ -461,7 +460,7 @@ def main() -> None:
         dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))
     results = Results(arguments, describe(dataset, dev))
     try:
-        trained = train_recipes(recipes, results, dataset, dev, device)
+        trained = train_recipes(recipes, arguments, results, dataset, dev)
     except KeyboardInterrupt:
         cli.say_stopped("run the same command with --resume to continue")
         raise
@@ -472,7 +471,7 @@ def main() -> None:
         results.save_figure(f"training-{name}", draw_curves(summaries[name]))
         for run in own:
             text = metrics.format_predictions(dev.labels, run.logits)
-            results.save_text(f"predictions-{run_name(run.recipe, run.seed, results)}.csv", text)
+            results.save_text(f"predictions-{run_name(run.recipe, run.seed, arguments)}.csv", text)
     if len(recipes) > 1:
         results.save_figure("training-recipes", draw_comparison(summaries))
     results.save_json("training", {"recipes": summaries})

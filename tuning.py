@@ -41,7 +41,7 @@ from common.data import (
 )
 from common.model import choose_device
 from common.recipes import TUNED, Recipe, with_epochs
-from common.train import FOLDS, cross_val_logits, parallel_map, train_and_predict
+from common.train import FOLDS, cross_val_logits, make_folds, parallel_map, train_and_predict
 
 import numpy as np
 import optuna
@@ -51,7 +51,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
-from sklearn.model_selection import StratifiedGroupKFold
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
@@ -90,9 +89,8 @@ def split(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
             raise UserError(
                 f"{dataset.name}: {name}: {count} different images; tuning needs {needed}"
             )
-    splitter = StratifiedGroupKFold(PARTS, shuffle=True, random_state=seed)
-    searched, held_out = next(splitter.split(dataset.images, dataset.labels, groups))
-    return dataset.subset(torch.from_numpy(searched)), dataset.subset(torch.from_numpy(held_out))
+    searched, held_out = make_folds(dataset, PARTS, seed)[0]
+    return dataset.subset(searched), dataset.subset(held_out)
 
 
 def g_mean(labels: Tensor, logits: Tensor) -> float:
@@ -121,7 +119,7 @@ def check(
     logits = list(parallel_map(train_and_predict, jobs, device, "comparison"))
     runs = [g_mean(held_out.labels, each) for each in logits]
     predicted = torch.stack(logits).argmax(dim=-1)
-    comparison = metrics.compare(held_out.labels, predicted[SEEDS:], predicted[:SEEDS], seed=seed)
+    comparison = metrics.compare(held_out.labels, predicted[SEEDS:], predicted[:SEEDS])
     own, found = ({"g_mean": np.mean(r).item(), "runs": r} for r in (runs[:SEEDS], runs[SEEDS:]))
     return {"default": own, "best": found, "comparison": comparison}
 
@@ -328,21 +326,16 @@ def main() -> None:
     """Search the settings of the recipe `tuned`, and check what was found."""
     parser = cli.make_parser(__doc__)
     parser.add_argument(
-        "--trials", type=cli.positive_int, help=f"trials in all; without it, {TRIALS}"
+        "--trials", type=cli.positive_int, help=f"number of trials (default: {TRIALS})"
     )
     parser.add_argument(
-        "--epochs", type=cli.positive_int, help=f"of each trial; without it, {EPOCHS}"
+        "--epochs", type=cli.positive_int, help=f"of each trial (default: {EPOCHS})"
     )
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="label corrections of label_errors.py; the accepted ones are applied first",
-    )
+    cli.add_labels_option(parser)
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help="database of the trials; without it, tuning.db in the results folder",
+        help="database of the trials (default: tuning.db in the results folder)",
     )
     arguments = parser.parse_args()
     device, url, seed = choose_device(arguments.device), arguments.storage, arguments.seed

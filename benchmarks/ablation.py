@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli, metrics
 from common.cli import UserError
-from common.data import Dataset, duplicate_groups, open_data, read_corrections
+from common.data import Dataset, open_data, read_corrections
 from common.recipes import RECIPES, Recipe, with_epochs
-from common.train import filter_labels, parallel_map, train_and_predict
+from common.train import filter_labels, make_folds, parallel_map, train_and_predict
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor
 
 FOLDS = 3
 WITHOUT = {
@@ -56,17 +56,11 @@ WITHOUT = {
 }
 
 
-def make_folds(dataset: Dataset, flagged: np.ndarray, runs: int, seed: int) -> list[tuple]:
+def choose_folds(dataset: Dataset, flagged: Tensor, runs: int, seed: int) -> list[tuple]:
     """Return (images to train on, images to score on) for each run, int64 each."""
-    groups = duplicate_groups(dataset.images)
-    folds = []
-    for number in range(-(-runs // FOLDS)):
-        splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed + number)
-        folds += splitter.split(dataset.images, dataset.labels, groups)
-    return [
-        (torch.from_numpy(inside), torch.from_numpy(np.setdiff1d(outside, flagged)))
-        for inside, outside in folds[:runs]
-    ]
+    rounds = range(seed, seed - (-runs // FOLDS))
+    folds = [fold for each in rounds for fold in make_folds(dataset, FOLDS, each)]
+    return [(inside, outside[~torch.isin(outside, flagged)]) for inside, outside in folds[:runs]]
 
 
 def parse_setting(text: str) -> tuple[str, object]:
@@ -100,18 +94,16 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another variant to try"
     )
-    parser.add_argument(
-        "--labels", type=Path, metavar="FILE", help="corrections of label_errors.py, see above"
-    )
+    cli.add_labels_option(parser, "label corrections; flagged images are not scored")
     arguments = parser.parse_args()
     device = torch.device("cpu")
     dataset = open_data(arguments.data).load("train", arguments.quick)
     corrections = read_corrections(arguments.labels, dataset) if arguments.labels else []
-    flagged = np.array([correction.index for correction in corrections], dtype=np.int64)
+    flagged = torch.tensor([correction.index for correction in corrections], dtype=torch.int64)
     variants = variants_of(
         with_epochs(RECIPES[arguments.recipe], arguments.epochs, arguments.quick), arguments.set
     )
-    folds = make_folds(dataset, flagged, arguments.runs, arguments.seed)
+    folds = choose_folds(dataset, flagged, arguments.runs, arguments.seed)
     parts = [dataset.subset(inside) for inside, _ in folds]
     filtered = parts
     if label_filter := variants["all"].label_filter:

@@ -57,6 +57,17 @@ def input_gradient(
     return gradient, logits.detach()
 
 
+def saliency(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return saliency maps, [B, 32, 32]: how much the loss changes with each pixel.
+
+    That is the input gradient's absolute value, the largest of the three colors (Simonyan et al.,
+    "Deep inside convolutional networks", 2014).
+    """
+    device = next(model.parameters()).device
+    gradient, _ = input_gradient(model, images.to(device), labels.to(device))
+    return gradient.abs().amax(dim=1).cpu()
+
+
 def project(images: Tensor, originals: Tensor, epsilon: float) -> Tensor:
     """Project images onto the L-infinity ball around the originals, and onto [0, 1]."""
     return (originals + (images - originals).clamp(-epsilon, epsilon)).clamp(0, 1)

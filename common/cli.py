@@ -120,7 +120,7 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder to write to; without it, results/<data>, or report for report.py",
+        help="folder to write to (default: results/<data>, or report for report.py)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a dry run on few images; its numbers mean nothing"
@@ -129,23 +129,31 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
 
 
 def add_checkpoint_option(
-    parser: argparse.ArgumentParser, without: str, several: bool = False
+    parser: argparse.ArgumentParser, default: str, several: bool = False
 ) -> None:
-    """Add --checkpoint and --pixel-range; `without` describes the default."""
+    """Add --checkpoint and --pixel-range; `default` describes the default."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
         metavar="FILE",
         nargs="+" if several else None,
-        help="a checkpoint written by training.py, or a bare one (weights only); "
-        f"without it, {without}",
+        help="a checkpoint written by training.py, or a bare one (weights only) "
+        f"(default: {default})",
     )
     parser.add_argument(
         "--pixel-range",
         type=pixel_range,
         metavar="LOW,HIGH",
-        help="the range that a bare checkpoint was trained on, -1,1 or 0,1; without it, -1,1",
+        help="the range that a bare checkpoint was trained on, -1,1 or 0,1 (default: -1,1)",
     )
+
+
+def add_labels_option(
+    parser: argparse.ArgumentParser,
+    use: str = "label corrections of label_errors.py; the accepted ones are applied first",
+) -> None:
+    """Add --labels, a file of label corrections; `use` says what they are used for."""
+    parser.add_argument("--labels", type=Path, metavar="FILE", help=use)
 
 
 def natural_number(text: str) -> int:
@@ -198,7 +206,7 @@ def run(main: Callable[[], None]) -> None:
         say(f"error: {' '.join(str(error).split())}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        say_stopped("stopped; files that were already written are whole")
+        say_stopped("stopped; files that were already written are complete")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -282,6 +290,11 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically: paths as text, NaN and infinity as null."""
+    write_text(path, json.dumps(_to_json(content), indent=2, allow_nan=False) + "\n")
 
 
 def render(template: str, **values: Any) -> str:
@@ -371,8 +384,9 @@ class Results:
     def save_json(self, step: str, numbers: dict[str, Any]) -> None:
         """Write `<step>.json`: the numbers, and all that is needed to reproduce them."""
         origin = {"step": step, "data": self.data, "settings": self.settings}
-        content = _to_json(origin | {"versions": versions()} | numbers)
-        self.save_text(f"{step}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+        path = self.folder / f"{step}.json"
+        write_json(path, origin | {"versions": versions()} | numbers)
+        self.written.append(path)
 
     def save_figure(self, name: str, figure: Any) -> None:
         """Write a matplotlib figure as `<name>.png`, with a line below that names its data.
@@ -414,7 +428,7 @@ def _owner(folder: Path) -> str | None:
 
 
 def _to_json(value: Any) -> Any:
-    """Return a value in a form that JSON holds: a path as text, NaN and infinity as null."""
+    """Return a value in a form that JSON holds."""
     if isinstance(value, dict):
         return {key: _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -33,7 +33,7 @@ QUICK_COUNT = 60  # images per class in a dry run
 
 DATA_FOLDER = PROJECT / "data"
 PREPARED = ("cifar10", "synthetic")  # made by data/cifar10.py and data/synthetic.py
-OTHER_SPLITS = ("val", "valid", "validation", "test")  # names that others use; noted, not read
+OTHER_SPLITS = ("val", "valid", "validation", "test")  # a note says that they are not read
 
 MAX_FILE_SIZE = 2**24  # bytes, of an image or of label corrections
 MAX_PIXELS = 50_000_000  # of an image that is to be scaled down

@@ -70,12 +70,12 @@ def scores_from_recalls(recalls: np.ndarray, fractions: np.ndarray) -> dict[str,
     }
 
 
-def evaluate(labels: ArrayLike, predicted: ArrayLike, seed: int = 0) -> dict[str, Any]:
+def evaluate(labels: ArrayLike, predicted: ArrayLike) -> dict[str, Any]:
     """Return the scores of predicted classes with 95% intervals, ready for a JSON file."""
     confusion = confusion_matrix(labels, predicted)
     return {
         **_by_name(scores(confusion)),
-        "interval": _by_name(intervals(confusion, seed)),
+        "interval": _by_name(intervals(confusion)),
         "confusion": confusion.tolist(),
     }
 
@@ -262,7 +262,7 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, np.nda
     """Group images by confidence, the highest probability, in BINS of equal width.
 
     Returns:
-        `count`, mean `confidence` and `accuracy` of each bin [BINS]; NaN where it is empty.
+        `count`, mean `confidence` and `accuracy` of each bin [BINS], NaN where it is empty.
     """
     probabilities = np.asarray(probabilities, dtype=float)
     confidence = probabilities.max(axis=1)

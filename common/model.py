@@ -6,7 +6,6 @@ import io
 import itertools
 import warnings
 import zipfile
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickletools import genops, markobject, pydict, pylist, pytuple
@@ -23,11 +22,11 @@ from torch import Tensor, nn
 COURSE_RANGE = (-1.0, 1.0)  # of the course's pixels; its checkpoints (weights only) expect it
 PREDICTION_BATCH = 500
 MAX_FILE_SIZE = 2**28  # bytes, of a checkpoint; ours have up to 2.4 million
-ASSUMED_RANGE = "pixels taken to be in [-1, 1]; if it was trained on [0, 1]: --pixel-range 0,1"
+ASSUMED_RANGE = "assuming pixels in [-1, 1]; if it was trained on [0, 1], use --pixel-range 0,1"
 MAX_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
 MAX_PIXEL = 1000  # after normalization
 MAX_OPCODES = 200_000  # of the pickle in a checkpoint; ours have a few thousand
-MAX_CONVERTED = 20  # lists and dicts that a pickle turns into sets and the like
+MAX_CONVERTED = 20  # conversions in a pickle, such as list to set
 
 
 def choose_device(name: str) -> torch.device:
@@ -151,8 +150,9 @@ class CourseNet(Classifier):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits, [N, 3], of normalized images."""
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # the same as ReLU first, with a quarter
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))  # of its work
+        # Pooling before ReLU gives the same result with a quarter of ReLU's work.
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
         x = x.flatten(start_dim=1)
         x = self.dropout(F.relu(self.fc1(x)))
         x = self.dropout(F.relu(self.fc2(x)))
@@ -285,16 +285,11 @@ def load_checkpoint(
     """
     name = name or str(file)
     content = _read(file, name)
-    own_range = _pixel_range_of(content, name)
-    if own_range and pixel_range:
-        text = "{:g},{:g}".format(*own_range)
-        raise UserError(f"{name}: has its own pixel range, {text}; leave --pixel-range out")
-    model = build_model(
-        _network_of(content, name),
-        own_range or pixel_range or COURSE_RANGE,
-        content.get("tta_flip") is True,
-        _tta_shift_of(content, name),
-    )
+    settings = _settings_of(content, name)
+    if pixel_range and "pixel_range" in settings:
+        text = "{:g},{:g}".format(*settings["pixel_range"])
+        raise UserError(f"{name}: has its own pixel range, {text}; omit --pixel-range")
+    model = build_model(**({"pixel_range": pixel_range or COURSE_RANGE} | settings))
     weights = _weights_of(content, name)
     _check_weights(weights, model, name)
     model.load_state_dict(weights)
@@ -458,35 +453,33 @@ def _shape_of(weight: Any) -> str:
     return str(list(weight.shape))
 
 
-def _network_of(content: dict[str, Any], name: str) -> str:
-    network = content.get("network", "CourseNet")
-    if not isinstance(network, str) or network not in NETWORKS:
-        known = ", ".join(NETWORKS)
-        raise UserError(f"{name}: network is {cli.safe_repr(network)}; known are {known}")
-    return network
+def _settings_of(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the arguments for `build_model` that a checkpoint holds, checked."""
+    checks = {
+        "network": (_is_network, " or ".join(NETWORKS)),
+        "pixel_range": (_is_pixel_range, f"two numbers from -{MAX_PIXEL} to {MAX_PIXEL}"),
+        "tta_flip": (lambda value: type(value) is bool, "True or False"),
+        "tta_shift": (_is_tta_shift, f"a whole number from 0 to {MAX_TTA_SHIFT}"),
+    }
+    settings = {key: content[key] for key in checks if key in content}
+    for key, value in settings.items():
+        is_valid, expected = checks[key]
+        if not is_valid(value):
+            raise UserError(f"{name}: {key} is {cli.safe_repr(value)}; it must be {expected}")
+    return settings
 
 
-def _pixel_range_of(content: dict[str, Any], name: str) -> tuple[float, float] | None:
-    """Return the checkpoint's own pixel range, None for a bare one."""
-    if "pixel_range" not in content:
-        return None
-    values = content["pixel_range"]
-    if (
-        isinstance(values, Sequence)
-        and len(values) == 2
-        and all(type(value) in (int, float) and abs(value) <= MAX_PIXEL for value in values)
-    ):
-        return float(values[0]), float(values[1])
-    right = f"two numbers from -{MAX_PIXEL} to {MAX_PIXEL}"
-    raise UserError(f"{name}: pixel_range is {cli.safe_repr(values)}; it must be {right}")
+def _is_network(value: Any) -> bool:
+    return isinstance(value, str) and value in NETWORKS
 
 
-def _tta_shift_of(content: dict[str, Any], name: str) -> int:
-    shift = content.get("tta_shift", 0)
-    if type(shift) is not int or not 0 <= shift <= MAX_TTA_SHIFT:
-        right = f"a whole number from 0 to {MAX_TTA_SHIFT}"
-        raise UserError(f"{name}: tta_shift is {cli.safe_repr(shift)}; it must be {right}")
-    return shift
+def _is_pixel_range(value: Any) -> bool:
+    numbers = isinstance(value, tuple | list) and all(type(end) in (int, float) for end in value)
+    return numbers and len(value) == 2 and all(abs(end) <= MAX_PIXEL for end in value)
+
+
+def _is_tta_shift(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_TTA_SHIFT
 
 
 def _metadata_of(content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ class Recipe:
     name: str
     network: str = "CourseNet"  # a name in common.model.NETWORKS
     epochs: int = 30  # an epoch draws as many images as the training set has
-    batch_size: int = 128  # the report's 4 makes an epoch 32 times as many steps
+    batch_size: int = 128  # with the report's 4, an epoch has 32 times as many steps
     optimizer: str = "adam"  # or muon
     learning_rate: float = 1e-3
     weight_decay: float = 0.0  # adam: L2 penalty; muon: decoupled, of matrices
@@ -22,15 +22,15 @@ class Recipe:
     logit_adjustment: float = 0.0  # tau of Menon et al. (2021); 0 for none
     augment_from: int | None = None  # the epoch from which images are flipped and cropped
     color_jitter: float = 0.0  # strength of random brightness, contrast and color balance, 0 to 1
-    cutout: int = 0  # sides of the square that is grayed out, in pixels
+    cutout: int = 0  # side length of the square that is grayed out, in pixels
     mixup: float = 0.0  # alpha; 0 for none
-    label_filter: "Recipe | None" = None  # models that find labels not to learn from
+    label_filter: "Recipe | None" = None  # of the models that find labels to leave out
     epsilon: float = 0.0  # adversarial training by TRADES, in pixel units; 0 for none
     trades_beta: float = 0.0  # weight of the KL divergence in TRADES
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 for the last weights
     tta_flip: bool = False  # test-time augmentation: average over mirrored images
     tta_shift: int = 0  # and over images shifted by so many pixels
-    threads: int = 1  # of a CPU: part of the recipe, as its digits depend on it
+    threads: int = 1  # of the CPU; the last digits of the results depend on it
 
 
 # ---- the report's steps: each recipe is an earlier one with little changed -------------------
@@ -62,7 +62,7 @@ TUNED = replace(
     learning_rate=0.01,
     schedule="warmup-cosine",
     sampler="weighted",
-    sampling_exponent=0.5,  # square-root sampling: small classes more often, not all too often
+    sampling_exponent=0.5,  # square-root sampling: small classes more often, but not equally often
     logit_adjustment=1.2,  # more than the 1.0 that balances: small classes are learned less well
     augment_from=0,
     tta_flip=True,

@@ -390,21 +390,12 @@ def cross_val_logits(
     Raises:
         UserError: there are too few images.
     """
-    from sklearn.model_selection import StratifiedGroupKFold  # takes seconds to import
-
     if max(dataset.class_counts) < FOLDS:
         raise UserError(f"{dataset.name}: no class has {FOLDS} images, one for each fold")
-    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    groups = duplicate_groups(dataset.images)
     keep = torch.ones(len(dataset), dtype=torch.bool) if keep is None else keep
-    with warnings.catch_warnings(action="ignore"):  # about a class that some folds lack
-        splits = list(splitter.split(dataset.images, dataset.labels, groups))
-    folds = [
-        (torch.from_numpy(inside)[keep[inside]], torch.from_numpy(outside))
-        for inside, outside in splits
-    ]
+    folds = make_folds(dataset, FOLDS, seed)
     jobs = [
-        (recipe, dataset.subset(inside), dataset.images[outside], seed, device)
+        (recipe, dataset.subset(inside[keep[inside]]), dataset.images[outside], seed, device)
         for inside, outside in folds
     ]
     logits = torch.empty(len(dataset), len(CLASS_NAMES))
@@ -412,6 +403,20 @@ def cross_val_logits(
     for (_, outside), logits_of_fold in zip(folds, results, strict=True):
         logits[outside] = logits_of_fold
     return logits
+
+
+def make_folds(dataset: Dataset, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Return `count` folds as (indices to train on, indices held out), int64 each.
+
+    Near-duplicates are always on the same side.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold  # takes seconds to import
+
+    groups = duplicate_groups(dataset.images)
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    with warnings.catch_warnings(action="ignore"):  # about a class that some folds lack
+        folds = list(splitter.split(dataset.images, dataset.labels, groups))
+    return [(torch.from_numpy(inside), torch.from_numpy(outside)) for inside, outside in folds]
 
 
 def train_and_predict(

@@ -50,7 +50,7 @@ BEFORE = torch.tensor([0, 0, 0, 1, 1, 1, 2, 0])  # 6 of 8 correct
 
 def test_scores_are_over_all_images_and_success_over_those_correct_before():
     attacked = predicting([0, 0, 1, 0, 1, 0, 2, 0])  # 5 of 8 correct; 2 of the 6 fooled
-    summary = summarize_attack(LABELS, BEFORE, attacked, seed=0)
+    summary = summarize_attack(LABELS, BEFORE, attacked)
     assert summary["accuracy"] == pytest.approx(5 / 8)
     assert summary["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2 + 1 / 2) / 3)
     assert summary["success_rate"] == pytest.approx(2 / 6)
@@ -61,15 +61,15 @@ def test_scores_are_over_all_images_and_success_over_those_correct_before():
 
 
 def test_no_success_rate_where_nothing_was_correct():
-    summary = summarize_attack(LABELS, (LABELS + 1) % 3, predicting([0] * 8), seed=0)
+    summary = summarize_attack(LABELS, (LABELS + 1) % 3, predicting([0] * 8))
     assert summary["success_rate"] is None
     assert summary["interval"]["success_rate"] is None
 
 
 def test_several_runs_are_given_by_mean_and_standard_deviation():
     one, other = [0, 0, 1, 0, 1, 0, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]
-    single = [summarize_attack(LABELS, BEFORE, predicting(run), 0) for run in (one, other)]
-    both = summarize_attack(LABELS, BEFORE, predicting(one, other), 0)
+    single = [summarize_attack(LABELS, BEFORE, predicting(run)) for run in (one, other)]
+    both = summarize_attack(LABELS, BEFORE, predicting(one, other))
     for name in ("accuracy", "g_mean", "success_rate"):
         values = [each[name] for each in single]
         assert both[name] == pytest.approx(np.mean(values))
@@ -171,7 +171,7 @@ def test_each_attack_has_a_curve_of_its_own(model, train, dev, monkeypatch):
     attacks = attack_all(model, train, dev, [0.1], seed=0, quick=True)
     attacks["sixth"] = attacks["fgsm"]
     target = Target(model, {}, predict_logits(model, dev.images), attacks)
-    summary = adversarial.summarize(target, dev.labels, 0)
+    summary = adversarial.summarize(target, dev.labels)
     figure = adversarial.draw_epsilons({"plain": summary})
     assert len(figure.axes) == 3
     for ax in figure.axes:
@@ -318,7 +318,7 @@ def test_attacks_break_the_reports_own_model():
 
     def summarize(images):
         attacked = Attacked(0.05, images, predict_logits(model, images)[None])
-        return summarize_attack(dev.labels, before, attacked, 0)
+        return summarize_attack(dev.labels, before, attacked)
 
     attacked = in_batches(fgsm, model, clean, dev.labels, epsilon=0.05)
     assert summarize(attacked)["accuracy"] < 0.15

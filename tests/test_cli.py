@@ -158,7 +158,7 @@ def end_of(main, capsys):
     ("error", "status", "printed"),
     [
         (UserError("a.ckpt: is\nno \x1b[2J file"), 2, f"error: a.ckpt: is no {REPLACED}[2J file\n"),
-        (KeyboardInterrupt(), 130, "\nstopped; files that were already written are whole\n"),
+        (KeyboardInterrupt(), 130, "\nstopped; files that were already written are complete\n"),
         (OSError(28, "No space left on device"), 2, "error: output: No space left on device\n"),
         (PermissionError(13, "Permission denied", "x\x07"), 2, f"error: x{REPLACED}: Permission"),
         (OSError("odd"), 2, "error: output: failed\n"),
@@ -211,7 +211,7 @@ def test_a_stopped_script_cleans_up_and_says_one_line(sent, tmp_path):
     process.send_signal(sent)
     error = process.communicate(timeout=30)[1]
     assert process.returncode == 130
-    assert error.strip() == "stopped; files that were already written are whole"
+    assert error.strip() == "stopped; files that were already written are complete"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -122,13 +122,13 @@ def test_bare_checkpoint_is_tried_in_both_pixel_ranges(run_script, dev_set):
     taken = json.loads(Path("out/evaluation.json").read_text())
     other = taken["fed_0_to_1"]
     text = " ".join(printed.split())
-    assert "Taken: the course's [-1, 1], with G-mean 0.000, accuracy 0.667." in text
-    assert f"[0, 1], with {other['g_mean']:.3f} and 0.911, is better: --pixel-range 0,1" in text
+    assert "Assumed: [-1, 1], as in the course, with G-mean 0.000 and accuracy 0.667." in text
+    assert f"[0, 1], with {other['g_mean']:.3f} and 0.911, is better: use --pixel-range 0,1" in text
     assert other["comparison"]["difference"] == pytest.approx(other["g_mean"] - taken["g_mean"])
 
     _, printed, _ = run_script(evaluation, *options, "--pixel-range", "0,1")
     assert json.loads(Path("out/evaluation.json").read_text())["g_mean"] == other["g_mean"]
-    assert "does not say" not in printed
+    assert "does not state" not in printed
 
 
 def test_pixel_range_is_refused_for_a_checkpoint_that_has_its_own(run_script, dev_set):
@@ -366,5 +366,5 @@ def test_the_pixel_range_taken_for_a_bare_checkpoint_is_said(run_script):
     torch.save(brightest_channel().state_dict(), "bare.ckpt")
     Image.new("RGB", (40, 40), "green").save("green.png")
     options = ("--checkpoint", "bare.ckpt", "--out", "out", "--image", "green.png")
-    assert "pixels taken to be in [-1, 1]" in run_script(evaluation, *options)[1]
+    assert "assuming pixels in [-1, 1]" in run_script(evaluation, *options)[1]
     assert "pixels taken" not in run_script(evaluation, *options, "--pixel-range", "0,1")[1]

@@ -152,7 +152,7 @@ def test_export_comes_back_pixel_by_pixel(run_script, course_folder, tmp_path, t
     status, _, error = run_script(inspectData, *options)
     assert status == 2 and "exists already" in error
     status, _, error = run_script(inspectData, *options[:4], "--export", "other", "--quick")
-    assert status == 2 and "leave out --quick" in error
+    assert status == 2 and "omit --quick" in error
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -46,7 +46,7 @@ def models(monkeypatch, noisy):
     """Models that know the true labels, in place of trained ones."""
     true = torch.tensor(json.loads((noisy / "true_labels.json").read_text())["train"])
     monkeypatch.setattr(
-        label_errors, "predict_train", lambda recipe, train, seed, device: sure_logits(true)
+        label_errors, "predict", lambda recipe, train, dataset, seed, device: sure_logits(true)
     )
 
 
@@ -133,7 +133,7 @@ def test_decisions_for_other_data_are_set_aside(noisy, models, run_script, tmp_p
 def test_a_broken_file_of_decisions_is_reported_before_the_models_are_trained(
     noisy, run_script, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(label_errors, "predict_train", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(label_errors, "predict", lambda *_: pytest.fail("too late"))
     (tmp_path / "out").mkdir()
     train = open_data(str(noisy)).load("train")
     text = format_corrections(train, [Correction(1, int(train.labels[1]), 0, 0.9, True)])
@@ -147,7 +147,7 @@ def test_models_at_chance_level_flag_nothing_and_it_is_said(
     noisy, monkeypatch, run_script, tmp_path
 ):
     logits = torch.randn(160, 3, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(label_errors, "predict_train", lambda *_: logits)
+    monkeypatch.setattr(label_errors, "predict", lambda *_: logits)
     status, out, _ = run_script(label_errors, "--data", noisy, "--out", tmp_path / "out")
     assert status == 0
     assert "no better than chance" in out
@@ -189,7 +189,7 @@ def test_images_that_the_first_models_flag_are_not_trained_on_by_the_next(monkey
     monkeypatch.setattr(label_errors, "cross_val_logits", fake)
     monkeypatch.setattr("common.train.cross_val_logits", fake)  # of filter_labels
     recipe = label_errors.RECIPE
-    logits = label_errors.predict_train(recipe, train, 0, torch.device("cpu"))
+    logits = label_errors.predict(recipe, train, train, 0, torch.device("cpu"))
     (first, everything), (second, keep) = calls
     assert (first, second) == (recipe.label_filter, recipe)
     assert everything is None

@@ -237,7 +237,7 @@ def test_script_writes_a_verdict_for_each_rate(run_script, course_folder, tmp_pa
     assert "too high: diverges at step 2" in printed
     numbers = json.loads((tmp_path / "out/lr_analysis.json").read_text())
     assert list(numbers["rates"]) == ["1e+30", "0.001"]
-    assert numbers["model"] == "the course's CNN on classes drawn in equal parts"
+    assert numbers["model"] == "the course's CNN with class-balanced sampling"
     assert numbers["rates"]["1e+30"]["diverged_at_step"] == 2
     assert None in numbers["rates"]["1e+30"]["smoothed_losses"]
     assert numbers["range_test"]["explanation"] in printed

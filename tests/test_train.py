@@ -661,8 +661,8 @@ if __name__ == "__main__":
     ("sent", "status", "printed"),
     [
         (signal.SIGKILL, -signal.SIGKILL, None),  # Python's own helper may complain
-        (signal.SIGINT, 130, "stopped; files that were already written are whole"),
-        (signal.SIGTERM, 130, "stopped; files that were already written are whole"),
+        (signal.SIGINT, 130, "stopped; files that were already written are complete"),
+        (signal.SIGTERM, 130, "stopped; files that were already written are complete"),
     ],
 )
 def test_workers_end_with_their_parent(tmp_path, sent, status, printed):
