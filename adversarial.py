@@ -478,7 +478,7 @@ def find_plain(
         [model] = parallel_map(train, [job], device, recipe.name, recipe.threads)
         results.save(own.name, partial(save_checkpoint, model=model, metadata=describe_run(*job)))
     elif not is_trained_on(own, training_set):
-        raise UserError(f"{own}: was trained on other data; name a model by --checkpoint")
+        raise UserError(f"{own}: was trained on other images; name a model by --checkpoint")
     return own
 
 
@@ -495,9 +495,9 @@ def find_robust(
 
 
 def is_trained_on(path: Path, dataset: Dataset) -> bool:
-    """Return whether a checkpoint was trained on this data set, by its fingerprint."""
-    trained_on = load_checkpoint(path)[1].get("trained_on")
-    return isinstance(trained_on, dict) and trained_on.get("fingerprint") == dataset.fingerprint
+    """Return whether a checkpoint was trained on these images, whatever their labels."""
+    trained_on, key = load_checkpoint(path)[1].get("trained_on"), "image_fingerprint"
+    return isinstance(trained_on, dict) and trained_on.get(key) == dataset.metadata()[key]
 
 
 def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifier, dict[str, Any]]:

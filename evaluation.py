@@ -427,7 +427,7 @@ def save_ranking(
     results.save_figure("ranking", draw_ranking(models[:MODELS_SHOWN], rank_by))
     taken = set()
     for model in models:
-        name = re.sub(r"[^\w.-]+", "_", model.name.removesuffix(".ckpt"), flags=re.ASCII)
+        name = re.sub(r"[^\w.-]+", "_", model.name.removesuffix(".ckpt"), flags=re.ASCII)[:100]
         while name.lower() in taken:
             name += "_"
         taken.add(name.lower())

@@ -30,16 +30,11 @@ from common.data import (
     near_duplicates,
     open_data,
     read_corrections,
+    unreviewed_mark,
 )
 from common.model import choose_device
 from common.recipes import BEST, TUNED, Recipe, with_epochs
-from common.train import (
-    IGNORE_INDEX,
-    cross_val_logits,
-    filter_labels,
-    parallel_map,
-    train_and_predict,
-)
+from common.train import cross_val_logits, filter_labels, parallel_map, train_and_predict
 
 import numpy as np
 import torch
@@ -77,9 +72,9 @@ def predict(
     Args:
         dataset: train itself, for out-of-fold logits; or dev, for the mean of DEV_MODELS models.
     """
-    trusted = filter_labels(recipe.label_filter, train, seed, device)
     if dataset is train:
-        return cross_val_logits(recipe, train, seed, device, trusted.labels != IGNORE_INDEX)
+        return cross_val_logits(recipe, train, seed, device)
+    trusted = filter_labels(recipe.label_filter, train, seed, device)
     jobs = [(recipe, trusted, dataset.images, seed + n, device) for n in range(DEV_MODELS)]
     return torch.stack(list(parallel_map(train_and_predict, jobs, device, "models"))).mean(dim=0)
 
@@ -116,30 +111,44 @@ def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction
 
 
 def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
-    """Return the corrections of an earlier run, which a person may have reviewed, by their index.
+    """Return the corrections that a person has reviewed or edited, by their index.
 
-    A file for other data is renamed.
+    A file for other data is renamed; it gets its name back when this script returns to its data.
 
     Raises:
         UserError: the file is broken.
     """
+    if path.exists():
+        found = re.search(r"fingerprint (\w{1,40})", _first_line(path))
+        if found and found[1] != dataset.fingerprint:
+            other = _set_aside(path, found[1])
+            path.replace(other)
+            cli.say(f"{path} was made for other data: it is now {other.name}")
+    earlier = _set_aside(path, dataset.fingerprint)
+    if earlier.exists() and not path.exists():
+        earlier.replace(path)
     if not path.exists():
         return {}
-    with path.open(errors="replace") as file:
-        made_for = re.search(r"fingerprint (\w{1,40})", file.read(1000))
-    if made_for and made_for[1] != dataset.fingerprint:
-        other = path.with_name(f"{path.stem}-{made_for[1]}.csv")
-        path.replace(other)
-        cli.say(f"{path} was made for other data: it is now {other.name}")
+    corrections = read_corrections(path, dataset)
+    if unreviewed_mark(corrections) in _first_line(path):
         return {}
-    return {correction.index: correction for correction in read_corrections(path, dataset)}
+    return {correction.index: correction for correction in corrections}
+
+
+def _first_line(path: Path) -> str:
+    with path.open(errors="replace") as file:
+        return file.readline(1000)
+
+
+def _set_aside(path: Path, fingerprint: str) -> Path:
+    return path.with_name(f"{path.stem}-{fingerprint}.csv")
 
 
 # ---- output -----------------------------------------------------------------------------------
 
 
 def summarize(
-    dataset: Dataset, found: Sequence[Correction], posterior: np.ndarray
+    dataset: Dataset, corrections: Sequence[Correction], posterior: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     """Count the labels of each given class, and of all, that are flagged, accepted and wrong.
 
@@ -151,7 +160,7 @@ def summarize(
     wrong_probability = 1 - posterior[np.arange(len(labels)), labels]
     wrong = None if dataset.true_labels is None else labels != dataset.true_labels.numpy()
     chosen = {"flagged": np.zeros(len(labels), bool), "accepted": np.zeros(len(labels), bool)}
-    for each in found:
+    for each in corrections:
         chosen["flagged"][each.index], chosen["accepted"][each.index] = True, each.accept
     summary = {}
     for label, name in enumerate((*CLASS_NAMES, "all")):
@@ -213,6 +222,7 @@ def render_review(dataset: Dataset, corrections: Sequence[Correction], file: str
         class_names=CLASS_NAMES,
         class_counts=dataset.class_counts,
         corrections=corrections,
+        accept_threshold=ACCEPT_THRESHOLD,
         pngs={each.index: _encode_png(dataset.images[each.index]) for each in corrections},
         csv=format_corrections(dataset, corrections),
     )
@@ -229,11 +239,12 @@ def save(
     dataset: Dataset,
     corrections: Sequence[Correction],
     suffix: str,
+    reviewed: bool,
     numbers: dict[str, Any],
 ) -> None:
     """Write the table, the page to review it, a sheet for each class, and the numbers."""
     file = f"label_corrections{suffix}.csv"
-    results.save_text(file, format_corrections(dataset, corrections))
+    results.save_text(file, format_corrections(dataset, corrections, reviewed))
     results.save_text(f"label_review{suffix}.html", render_review(dataset, corrections, file))
     for label, name in enumerate(CLASS_NAMES):
         sheet = draw_sheet(dataset, corrections, label)
@@ -268,7 +279,7 @@ def main() -> None:
     decided = read_decisions(earlier, dataset)
     corrections = list(({each.index: each for each in found} | decided).values())
 
-    summary = summarize(dataset, found, posterior)
+    summary = summarize(dataset, corrections, posterior)
     numbers = {
         "recipe": asdict(recipe),
         "chance_level": at_chance,
@@ -277,7 +288,7 @@ def main() -> None:
         "reviewed": len(decided),
         "classes": summary,
     }
-    save(results, dataset, corrections, suffix, numbers)
+    save(results, dataset, corrections, suffix, bool(decided), numbers)
     print_summary(summary)
     if at_chance:
         cli.say("\nThe models are no better than chance: they can't tell which labels are wrong.")

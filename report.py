@@ -34,6 +34,7 @@ from common.metrics import SCORE_TITLES
 from common.model import choose_device, describe_checkpoint, load_checkpoint
 
 import numpy as np
+import psutil
 from markupsafe import Markup
 from PIL import Image
 
@@ -113,7 +114,9 @@ class Report:
         choose_device(arguments.device)
         source = open_data(arguments.data)
         # so that the steps use the same data
-        self.data_option = str(source.path) if arguments.data == "auto" else arguments.data
+        self.data_option = arguments.data
+        if arguments.data == "auto":
+            self.data_option = os.path.relpath(source.path)  # it is printed: no home folder
         self.train, dev = (source.load(split, arguments.quick) for split in SPLITS)
         self.data = describe(self.train, dev)
         if arguments.labels:
@@ -346,7 +349,7 @@ def locked(folder: Path) -> Iterator[None]:
     lock = folder / "running.pid"
     with contextlib.suppress(OSError, ValueError, OverflowError):
         owner = int(lock.read_text(encoding="utf-8"))
-        if owner == os.getpid() or not cli.is_running(owner):
+        if owner == os.getpid() or not psutil.pid_exists(owner):
             lock.unlink()
     try:
         file = lock.open("x", encoding="utf-8")

@@ -113,7 +113,7 @@ def train_recipes(
     for recipe in recipes:
         for number, seed in enumerate(arguments.seed):
             path = results.folder / f"{run_name(recipe, seed, arguments)}.ckpt"
-            metadata = describe_run(recipe, dataset, seed, device)
+            metadata = describe_run(recipe, dataset, seed, device) | {"dev": dev.fingerprint}
             earlier = find_earlier(path, metadata) if arguments.resume else {}
             kept = dataset
             if "labels" in earlier:
@@ -285,7 +285,8 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
     plots.plot_runs(axes[1], epochs, curves["g_mean"], "G-mean", plots.PALETTE[4], "--")
     for label, name in enumerate(CLASS_NAMES):
         recall, color = curves["recall"][:, :, label], plots.CLASS_COLORS[label]
-        plots.plot_runs(axes[2], epochs, recall, name, color, plots.LINE_STYLES[label])
+        style = plots.LINE_STYLES[label % len(plots.LINE_STYLES)]
+        plots.plot_runs(axes[2], epochs, recall, name, color, style)
     tta = recipe["tta_flip"] or recipe["tta_shift"]
     where = "dev,\nwithout test-time augmentation" if tta else "dev"
     texts = ("cross-entropy, mean of the epoch", f"score on {where}", f"recall on {where}")

@@ -45,6 +45,7 @@ from common.train import FOLDS, cross_val_logits, make_folds, parallel_map, trai
 
 import numpy as np
 import optuna
+import psutil
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -188,7 +189,7 @@ def end_killed_trials(study: optuna.Study) -> None:
     """Mark trials of this machine as failed if their process was killed."""
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         host, process = trial.user_attrs.get("worker", (None, None))
-        if host == socket.gethostname() and not cli.is_running(process):
+        if host == socket.gethostname() and not psutil.pid_exists(process):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 

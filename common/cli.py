@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PROJECT = Path(__file__).resolve().parent.parent
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 MAX_JSON_SIZE = 2**26  # bytes
@@ -222,8 +224,9 @@ def _prepare_process() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-        getattr(sys, name).reconfigure(errors="replace")  # not every terminal has all characters
-    if PARENT in os.environ:
+        if hasattr(getattr(sys, name), "reconfigure"):  # not so in IDLE and Jupyter
+            getattr(sys, name).reconfigure(errors="replace")  # for characters it does not have
+    if PARENT in os.environ and os.name != "nt":  # on Windows, a process keeps its parent's id
         threading.Thread(target=_stop_with, args=[int(os.environ[PARENT])], daemon=True).start()
 
 
@@ -289,7 +292,8 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+    settings = {"encoding": "utf-8", "errors": "surrogateescape"}  # a folder may have any name
+    write_atomic(path, lambda part: part.write_text(text, **settings))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -324,21 +328,8 @@ def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of write_atomic whose processes were killed."""
     for part in folder.glob(".*.part*"):
         found = re.search(r"\.(\d{1,9})\.part", part.name)
-        if found and not is_running(int(found[1])):
+        if found and not psutil.pid_exists(int(found[1])):
             part.unlink(missing_ok=True)
-
-
-def is_running(process: int) -> bool:
-    """Return whether a process with this id is running."""
-    if os.name == "nt":  # there, os.kill would end the process
-        return process == os.getpid()
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it runs, as another user's
-    return True
 
 
 class Results:
@@ -424,7 +415,7 @@ def _free_folder(name: str, owner: str) -> Path:
 
 def _owner(folder: Path) -> str | None:
     path = folder / OWNER
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else None
 
 
 def _to_json(value: Any) -> Any:

@@ -10,7 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,7 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """12 hexadecimal digits that change with any pixel or label."""
-        digest = hashlib.sha256(self.images.contiguous().numpy().tobytes())
-        digest.update(self.labels.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return _digest(self.images, self.labels)
 
     def subset(self, index: Tensor) -> "Dataset":
         """Return the images that an index, int64 or bool, selects."""
@@ -89,7 +87,13 @@ class Dataset:
         """Return this split's entry in result files and checkpoints."""
         counts = dict(zip(CLASS_NAMES, self.class_counts, strict=True))
         wrong = None if self.true_labels is None else int((self.labels != self.true_labels).sum())
-        return {"fingerprint": self.fingerprint, "class_counts": counts, "wrong_labels": wrong}
+        prints = {"fingerprint": self.fingerprint, "image_fingerprint": _digest(self.images)}
+        return prints | {"class_counts": counts, "wrong_labels": wrong}
+
+
+def _digest(*tensors: Tensor) -> str:
+    content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -459,18 +463,25 @@ def apply_corrections(dataset: Dataset, corrections: Sequence[Correction]) -> Da
     return corrected
 
 
-def format_corrections(dataset: Dataset, corrections: Sequence[Correction]) -> str:
-    """Return the text of a CSV file of corrections."""
-    text = io.StringIO()
-    name = " ".join(dataset.name.split())
-    text.write(f"# labels of {name}, {dataset.split}, fingerprint {dataset.fingerprint}\n")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+def format_corrections(
+    dataset: Dataset, corrections: Sequence[Correction], reviewed: bool = True
+) -> str:
+    """Return the text of a CSV file of corrections; False marks it as not reviewed by a person."""
+    lines = [",".join(COLUMNS)]
     for each in corrections:
-        names = CLASS_NAMES[each.given], CLASS_NAMES[each.suggested]
+        names = f"{CLASS_NAMES[each.given]},{CLASS_NAMES[each.suggested]}"
         accept = "yes" if each.accept else "no"
-        table.writerow([each.index, *names, f"{each.confidence:.3f}", accept])
-    return text.getvalue()
+        lines.append(f"{each.index},{names},{each.confidence:.3f},{accept}")
+    name = " ".join(dataset.name.split())
+    head = f"# labels of {name}, {dataset.split}, fingerprint {dataset.fingerprint}"
+    mark = "" if reviewed else unreviewed_mark(corrections)
+    return "\n".join([head + mark, *lines, ""])
+
+
+def unreviewed_mark(corrections: Sequence[Correction]) -> str:
+    """Return the mark of corrections that are as a script found them: any edit makes it untrue."""
+    values = [astuple(replace(each, confidence=f"{each.confidence:.3f}")) for each in corrections]
+    return f"; not reviewed: {hashlib.sha256(repr(values).encode()).hexdigest()[:12]}"
 
 
 def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -377,25 +378,22 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 # ---- several models at once -----------------------------------------------------------------
 
 
-def cross_val_logits(
-    recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, keep: Tensor | None = None
-) -> Tensor:
+def cross_val_logits(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> Tensor:
     """Return out-of-fold logits, [N, C]: each image's from a model that was not trained on it.
 
-    Near-duplicates of an image are never in its model's training set either.
-
-    Args:
-        keep: images that may be trained on, bool [N]; None for all.
+    Near-duplicates of an image are never in its model's training set either, nor are images whose
+    label the recipe's own label filter leaves out.
 
     Raises:
         UserError: there are too few images.
     """
     if max(dataset.class_counts) < FOLDS:
         raise UserError(f"{dataset.name}: no class has {FOLDS} images, one for each fold")
-    keep = torch.ones(len(dataset), dtype=torch.bool) if keep is None else keep
     folds = make_folds(dataset, FOLDS, seed)
+    if recipe.label_filter:
+        dataset = filter_labels(recipe.label_filter, dataset, seed, device)
     jobs = [
-        (recipe, dataset.subset(inside[keep[inside]]), dataset.images[outside], seed, device)
+        (recipe, dataset.subset(inside), dataset.images[outside], seed, device)
         for inside, outside in folds
     ]
     logits = torch.empty(len(dataset), len(CLASS_NAMES))
@@ -464,6 +462,8 @@ def parallel_map(
         futures = [pool.submit(_call_in_worker, _ByValue((function, threads, job))) for job in jobs]
         for future in tqdm(futures, disable=None, **bar):
             yield future.result()
+    except BrokenProcessPool as error:
+        raise UserError("a process was killed, probably because the memory is full") from error
     except BaseException:  # Ctrl-C included: do not wait for the others
         for process in multiprocessing.active_children():
             process.terminate()

@@ -238,12 +238,12 @@ def test_script_trains_the_final_recipe_once(run_script, course_folder, tmp_path
     assert status == 0, error
     assert "training a model first" not in printed
     dataset = make_dataset("train", (5, 5, 5))
-    metadata["trained_on"]["fingerprint"] = dataset.fingerprint
+    metadata["trained_on"] = dataset.metadata()
     save_checkpoint(tmp_path / "out/final.ckpt", build_model(), metadata)
     content = (tmp_path / "out/final.ckpt").read_bytes()
     status, _, error = run_script(adversarial, *options)
     assert status == 2
-    assert "out/final.ckpt: was trained on other data" in error
+    assert "out/final.ckpt: was trained on other images" in error
     assert (tmp_path / "out/final.ckpt").read_bytes() == content
 
 

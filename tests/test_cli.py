@@ -1,4 +1,5 @@
 import argparse
+import io
 import json
 import os
 import signal
@@ -221,6 +222,21 @@ def test_a_reader_that_leaves_early_is_no_error():
     process.stdout.close()
     assert process.wait(timeout=30) == 1
     assert process.stderr.read() == ""
+
+
+def test_a_stream_that_can_not_be_reconfigured_as_in_idle_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    cli.run(lambda: cli.say("hello"))
+    assert sys.stdout.getvalue() == "hello\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only POSIX has names that are not text")
+def test_a_data_folder_with_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"name": "data", "path": os.fsdecode(b"/caf\xe9"), "splits": {}}
+    for _ in range(2):
+        results = Results(argparse.Namespace(out=None, quick=False), data)
+        assert results.folder == Path("results/data")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")

@@ -184,7 +184,8 @@ def hand_ins(dev_set) -> Path:
     worse = (folder / "no_cat.ckpt").read_bytes()
     packed = {"../../ann/report/model.ckpt": raw, "ann/models/other.ckpt": worse}
     write_zip(folder / "ann.zip", packed | {"__MACOSX/ann/._model.ckpt": b"x"})
-    write_zip(folder / "two.zip", {"a.ckpt": raw, "b.ckpt": worse})
+    long_name = f"{'long/' * 50}b.ckpt"
+    write_zip(folder / "two.zip", {"a.ckpt": raw, long_name: worse})
 
     (folder / "text.ckpt").write_text("not a checkpoint")
     (folder / "cut.ckpt").write_bytes(raw[: len(raw) // 2])
@@ -199,7 +200,7 @@ def hand_ins(dev_set) -> Path:
 
 
 GOOD = ["good.ckpt", "eve/good.ckpt", "ann.zip", "two.zip: a.ckpt"]
-WORSE = ["no_cat.ckpt", "two.zip: b.ckpt", "always_car.ckpt"]
+WORSE = ["no_cat.ckpt", f"two.zip: {'long/' * 50}b.ckpt", "always_car.ckpt"]
 FAILED = {
     "text.ckpt": "not a file of torch.save",
     "cut.ckpt": "not a file of torch.save",

@@ -8,6 +8,7 @@ from dataclasses import replace
 import label_errors
 from common import cli
 from common.data import CLASS_NAMES, Correction, format_corrections, open_data, read_corrections
+from common.train import FOLDS, IGNORE_INDEX
 
 import numpy as np
 import pytest
@@ -118,6 +119,38 @@ def test_decisions_of_the_user_are_kept(noisy, models, run_script, tmp_path):
     assert len(merged) == 4
 
 
+def test_a_table_that_nobody_has_edited_holds_no_decisions(noisy, models, run_script, tmp_path):
+    options = ("--data", noisy, "--out", tmp_path / "out")
+    path, train = tmp_path / "out" / "label_corrections.csv", open_data(str(noisy)).load("train")
+    (tmp_path / "out").mkdir()
+    found = [Correction(5, int(train.labels[5]), 1 - int(train.labels[5]), 0.7)]
+    path.write_text(format_corrections(train, found, reviewed=False))
+    assert label_errors.read_decisions(path, train) == {}
+    assert run_script(label_errors, *options)[0] == 0
+    assert 5 not in [each.index for each in read_corrections(path, train)]
+    assert json.loads((tmp_path / "out/label_errors.json").read_text())["reviewed"] == 0
+    first = path.read_text()
+    path.write_text(first.replace("yes", "no", 1))  # a person's edit
+    assert len(label_errors.read_decisions(path, train)) == 3
+    status, printed, _ = run_script(label_errors, *options)
+    assert (status, read_rows(path)[0]["accept"]) == (0, "no")
+    assert "3 rows" in printed
+    run_script(label_errors, *options)  # and again: the merged table counts as reviewed
+    assert read_rows(path)[0]["accept"] == "no"
+
+
+def test_decisions_come_back_with_their_data(noisy, models, run_script, tmp_path):
+    train, other = open_data(str(noisy)).load("train"), make_dataset("dev")
+    path = tmp_path / "label_corrections.csv"
+    for dataset in (train, other):
+        decided = [Correction(1, int(dataset.labels[1]), 0, 0.9, False)]
+        path.write_text(format_corrections(dataset, decided))
+        label_errors.read_decisions(path, other if dataset is train else train)
+    assert label_errors.read_decisions(path, train)[1].given == train.labels[1]
+    assert label_errors.read_decisions(path, other)[1].given == other.labels[1]
+    assert label_errors.read_decisions(path, train)[1].given == train.labels[1]
+
+
 def test_decisions_for_other_data_are_set_aside(noisy, models, run_script, tmp_path):
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "label_corrections.csv"
@@ -180,21 +213,28 @@ def test_accepted_corrections_leave_every_class_an_image():
 def test_images_that_the_first_models_flag_are_not_trained_on_by_the_next(monkeypatch, train):
     calls = []
 
-    def fake(recipe, dataset, seed, device, keep=None):
-        calls.append((recipe, keep))
-        logits = sure_logits(dataset.labels)
-        logits[0] = logits[0].roll(1)
-        return logits + 10 * (keep is not None)
+    def predict(function, jobs, device, description):
+        for recipe, inside, outside, _, _ in jobs:
+            calls.append((recipe, (inside.labels == IGNORE_INDEX).sum().item()))
+            logits = sure_logits(true_labels_of(outside, train))
+            if recipe == label_errors.RECIPE.label_filter:
+                flagged = (outside == train.images[0]).all(dim=(1, 2, 3))
+                logits[flagged] = logits[flagged].roll(1, dims=1)
+            yield logits
 
-    monkeypatch.setattr(label_errors, "cross_val_logits", fake)
-    monkeypatch.setattr("common.train.cross_val_logits", fake)  # of filter_labels
-    recipe = label_errors.RECIPE
-    logits = label_errors.predict(recipe, train, train, 0, torch.device("cpu"))
-    (first, everything), (second, keep) = calls
-    assert (first, second) == (recipe.label_filter, recipe)
-    assert everything is None
-    assert keep.tolist() == [False] + [True] * (len(train) - 1)
-    assert torch.equal(logits, fake(recipe, train, 0, "cpu", keep))  # the first pass only filters
+    monkeypatch.setattr("common.train.parallel_map", predict)
+    logits = label_errors.predict(label_errors.RECIPE, train, train, 0, torch.device("cpu"))
+    first, second = calls[:FOLDS], calls[FOLDS:]
+    assert first == [(label_errors.RECIPE.label_filter, 0)] * FOLDS
+    assert [recipe for recipe, _ in second] == [label_errors.RECIPE] * FOLDS
+    assert sorted(ignored for _, ignored in second) == [0, *[1] * (FOLDS - 1)]
+    assert torch.equal(logits.argmax(dim=1), train.labels)  # the first pass only filters
+
+
+def true_labels_of(images, dataset):
+    """Return the labels of some of a data set's images."""
+    same = (images[:, None] == dataset.images[None]).flatten(2).all(dim=2)
+    return dataset.labels[same.float().argmax(dim=1)]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from common.model import (
     COURSE_RANGE,
     NETWORKS,
     Normalize,
+    autocast,
     build_model,
     choose_device,
     describe_checkpoint,
@@ -508,6 +509,64 @@ def test_pickle_is_the_one_that_torch_reads(tmp_path):
     with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("archive/data.pkl", b"\x80\x02}.")
     assert "not safe" in refusal_of(file.getvalue(), tmp_path / "x")
+
+
+def zip_of(members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def two_directories():
+    """Return a zip file whose end points to another list of members than the one before it."""
+    hostile, good = with_pickle(GREEDY["Size of a bytearray"]), with_pickle(b"}")
+    start, end = (hostile.index(mark) for mark in (b"PK\1\2", b"PK\5\6"))
+    whole = hostile[:end] + good  # Python reads the good part, and corrects its offsets
+    end = whole.rindex(b"PK\5\6")
+    return whole[: end + 16] + struct.pack("<I", start) + whole[end + 20 :]
+
+
+DISGUISED = {
+    "a zip file behind the old format": b"\x80\x02" + GREEDY["bytearray"] + b"." + zip_of({}),
+    "capitals": zip_of({"archive/DATA.PKL": b"\x80\x02" + GREEDY["bytearray"] + b"."}),
+    "two names": zip_of({"a/data.pkl": b"\x80\x02}.", "a/Data.pkl": b""}),
+}
+
+
+@pytest.mark.parametrize("name", DISGUISED)
+def test_files_that_python_and_torch_read_differently_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    refusal = refusal_of(DISGUISED[name], tmp_path / "x")
+    assert refusal.startswith(("not a file of torch.save, cut short, or not safe", "holds "))
+
+
+def test_torch_gets_nothing_of_a_zip_file_but_what_was_checked(tmp_path, monkeypatch):
+    content = two_directories()
+    assert b"bytearray" in content
+    load = torch.load
+
+    def checked_load(file, **options):
+        assert b"bytearray" not in file.getvalue()
+        return load(file, **options)
+
+    monkeypatch.setattr(torch, "load", checked_load)
+    refusal_of(content, tmp_path / "x")
+
+
+def test_a_weight_that_is_none_is_refused(tmp_path):
+    weights = {**build_model().state_dict(), "scheduler": None}
+    refusal = refusal_of(saved(weights), tmp_path / "x")
+    assert "'scheduler' is not a plain tensor of numbers, but CourseNet has missing" in refusal
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("native", [False, True])
+def test_autocast_is_not_used_on_gpus_that_only_emulate_bfloat16(native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+    context = autocast(torch.device("cuda"))
+    assert isinstance(context, torch.autocast) == native
 
 
 def test_containers_that_pytorchs_schedulers_leave_are_taken():

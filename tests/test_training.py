@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from common.train import IGNORE_INDEX, train
 import numpy as np
 import pytest
 import torch
-from conftest import COURSE_DATA, make_dataset, needs_course_data
+from conftest import COURSE_DATA, make_dataset, needs_course_data, write_course_pickle
 from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
@@ -366,7 +367,20 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(run_trainin
     torch.save({"model_state_dict": build_model().state_dict()}, "out/naive.ckpt")
     status, _, error = run_training("--recipe", "naive", "--epochs", 1, "--resume")
     assert status == 2
-    assert "is of a run with another recipe and seed and device and trained_on" in error
+    assert "is of a run with another recipe and seed and device and trained_on and dev" in error
+
+
+def test_finished_runs_are_not_resumed_with_other_dev_images(
+    run_training, run_script, course_folder, no_figures, tmp_path
+):
+    assert run_training("--recipe", "naive", "--epochs", 1)[0] == 0
+    other = tmp_path / "other" / course_folder.name
+    shutil.copytree(course_folder, other)
+    write_course_pickle(other / "dev.pickle", make_dataset("dev", (4, 3, 3)))
+    options = ("--data", other, "--out", "out", "--recipe", "naive", "--epochs", 1, "--resume")
+    status, _, error = run_script(training, *options)
+    assert status == 2
+    assert "is of a run with another dev; " in error
 
 
 def test_labels_are_filtered_once_and_a_resumed_run_keeps_them(
