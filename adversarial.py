@@ -156,7 +156,7 @@ def attack_all(
 
         images = in_batches(fgsm, model, clean, dev.labels, epsilon=epsilon)
         found["fgsm"].append(Attacked(epsilon, images, predict_logits(model, images)[None]))
-        # Images fooled by PGD with a smaller epsilon stay fooled: only the others are attacked.
+        # What PGD with a smaller epsilon has fooled stays fooled: the images left are attacked.
         after_pgd = after_pgd.clone()
         after_pgd[left] = in_batches(
             pgd, model, clean[left], dev.labels[left], epsilon=epsilon, steps=pgd_steps

@@ -388,8 +388,8 @@ def main() -> None:
         raise UserError(f"--export {arguments.export}: exists already; name a new folder")
     if arguments.export and arguments.quick:
         raise UserError("--export: writes the whole set; omit --quick")
-    folder = open_data(arguments.data)
-    datasets = {s: folder.load(s, arguments.quick) for s in SPLITS if folder.has(s)}
+    data = open_data(arguments.data)
+    datasets = {s: data.load(s, arguments.quick) for s in SPLITS if data.has(s)}
     results = cli.Results(arguments, describe(*datasets.values()))
 
     numbers, pairs = inspect_all(datasets)
@@ -403,7 +403,7 @@ def main() -> None:
     print_pairs(pairs)
     for split in SPLITS:
         if split not in datasets:
-            cli.say(f"{folder.path} has no {split} split.")
+            cli.say(f"{data.path} has no {split} split.")
     if arguments.export:
         folder = arguments.export
         cli.say(f"\nexported to {folder}; correct labels by moving files, then use --data {folder}")

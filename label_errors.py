@@ -14,7 +14,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from common.data import (
     unreviewed_mark,
 )
 from common.model import choose_device
-from common.recipes import BEST, TUNED, Recipe, with_epochs
+from common.recipes import LABEL_ERRORS, Recipe, with_epochs
 from common.train import cross_val_logits, filter_labels, parallel_map, train_and_predict
 
 import numpy as np
@@ -42,20 +42,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-RECIPE = replace(
-    TUNED,
-    name="label-errors",
-    network="SmallVGG",
-    # It would memorize wrong labels: those that the course's network contradicts are left out of
-    # its training set. Without this, precision and recall are 0.07 lower; with 5 epochs, 0.08.
-    label_filter=replace(BEST.label_filter, epochs=16),
-    epochs=10,
-    batch_size=128,
-    logit_adjustment=1.0,  # no class is favored before the image is seen
-    color_jitter=0.2,  # too little training for strong augmentation
-    cutout=8,
-    mixup=0.2,  # wrong labels are memorized less
-)
 DEV_MODELS = 3
 # A label is flagged for review if it is wrong with a higher probability than this.
 FLAG_THRESHOLD = 0.25
@@ -74,7 +60,7 @@ def predict(
     """
     if dataset is train:
         return cross_val_logits(recipe, train, seed, device)
-    trusted = filter_labels(recipe.label_filter, train, seed, device)
+    trusted = filter_labels(recipe, train, seed, device)
     jobs = [(recipe, trusted, dataset.images, seed + n, device) for n in range(DEV_MODELS)]
     return torch.stack(list(parallel_map(train_and_predict, jobs, device, "models"))).mean(dim=0)
 
@@ -263,15 +249,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    folder = open_data(arguments.data)
-    train = folder.load("train", arguments.quick)
-    dataset = train if arguments.split == "train" else folder.load("dev", arguments.quick)
+    data = open_data(arguments.data)
+    train = data.load("train", arguments.quick)
+    dataset = train if arguments.split == "train" else data.load("dev", arguments.quick)
     results = Results(arguments, describe(dataset))
     suffix = "" if dataset is train else "-dev"
     earlier = results.folder / f"label_corrections{suffix}.csv"
     read_decisions(earlier, dataset)  # reports a broken file before the long work
 
-    recipe = with_epochs(RECIPE, None, arguments.quick)
+    recipe = with_epochs(LABEL_ERRORS, None, arguments.quick)
     logits = predict(recipe, train, dataset, arguments.seed, device)
     posterior = metrics.label_posterior(logits, dataset.labels)
     at_chance = is_chance_level(logits, dataset.labels)

@@ -118,8 +118,8 @@ def train_recipes(
             kept = dataset
             if "labels" in earlier:
                 kept = replace(dataset, labels=earlier["labels"])
-            elif recipe.label_filter and "logits" not in earlier:
-                kept = filter_labels(recipe.label_filter, dataset, seed, device)
+            elif "logits" not in earlier:
+                kept = filter_labels(recipe, dataset, seed, device)
             jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier, number))
     trained = []
     threads = max(recipe.threads for recipe in recipes)

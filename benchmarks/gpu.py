@@ -33,8 +33,7 @@ def run(
 ) -> tuple[float, float, float]:
     """Train once; return the seconds of the label filter, those of the training, and the G-mean."""
     start = time.perf_counter()
-    if recipe.label_filter:
-        dataset = filter_labels(recipe.label_filter, dataset, seed, device)
+    dataset = filter_labels(recipe, dataset, seed, device)
     finish(device)
     filtered = time.perf_counter()
     model = train(recipe, dataset, seed, device)

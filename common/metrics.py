@@ -289,6 +289,7 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> f
 # The label filter rejects labels that are wrong with a higher probability than this. These are
 # about as many as are wrong by the models' own estimate.
 FILTER_THRESHOLD = 0.35
+CORRECTION_THRESHOLD = 0.6  # a rejected label is replaced by one that is more probable than this
 
 
 def label_posterior(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
@@ -342,13 +343,16 @@ def fit_label_noise(logits: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, n
     return true, transition
 
 
-def trusted_labels(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+def trusted_labels(posterior: np.ndarray, labels: ArrayLike) -> np.ndarray:
     """Return which labels to trust, bool [N]: wrong with at most FILTER_THRESHOLD probability.
 
     A class that would have no images left is trusted as a whole.
+
+    Args:
+        posterior: from `label_posterior`, [N, C].
     """
     labels = np.asarray(labels)
-    own = label_posterior(logits, labels)[np.arange(len(labels)), labels]
+    own = posterior[np.arange(len(labels)), labels]
     return keep_classes(own >= 1 - FILTER_THRESHOLD, labels)
 
 

@@ -24,7 +24,8 @@ class Recipe:
     color_jitter: float = 0.0  # strength of random brightness, contrast and color balance, 0 to 1
     cutout: int = 0  # side length of the square that is grayed out, in pixels
     mixup: float = 0.0  # alpha; 0 for none
-    label_filter: "Recipe | None" = None  # of the models that find labels to leave out
+    label_filter: "Recipe | None" = None  # of the models that find wrong labels, to leave out
+    correct_labels: bool = False  # learn the right label instead, where the filter is certain
     epsilon: float = 0.0  # adversarial training by TRADES, in pixel units; 0 for none
     trades_beta: float = 0.0  # weight of the KL divergence in TRADES
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 for the last weights
@@ -68,7 +69,21 @@ TUNED = replace(
     tta_flip=True,
     tta_shift=3,
 )
-# A larger network would memorize wrong labels: those that the label filter finds are left out.
+# A larger network would memorize wrong labels: those that these models find are left out.
+LABEL_FILTER = replace(TUNED, name="label-filter", logit_adjustment=1.0)
+# label_errors.py
+LABEL_ERRORS = replace(
+    LABEL_FILTER,
+    name="label-errors",
+    network="SmallVGG",
+    # Without a filter of its own, precision and recall are 0.07 lower; with 5 epochs, 0.08.
+    label_filter=replace(LABEL_FILTER, epochs=16),
+    epochs=10,
+    batch_size=128,
+    color_jitter=0.2,  # too little training for strong augmentation
+    cutout=8,
+    mixup=0.2,  # wrong labels are memorized less
+)
 BEST = replace(
     TUNED,
     name="best",
@@ -82,7 +97,8 @@ BEST = replace(
     color_jitter=0.4,
     cutout=14,
     mixup=0.2,
-    label_filter=replace(TUNED, name="label-filter", logit_adjustment=1.0),
+    label_filter=LABEL_ERRORS,
+    correct_labels=True,  # a tenth of the true cats are labeled as something else
 )
 ROBUST = replace(
     TUNED,
@@ -94,7 +110,7 @@ ROBUST = replace(
     logit_adjustment=1.0,  # attacked images are hard to learn: small classes are favored less
     weight_decay=0.1,
     color_jitter=0.2,
-    label_filter=BEST.label_filter,
+    label_filter=LABEL_FILTER,
     epsilon=8 / 255,
     trades_beta=4.0,
     ema_decay=0.995,

@@ -390,8 +390,7 @@ def cross_val_logits(recipe: Recipe, dataset: Dataset, seed: int, device: torch.
     if max(dataset.class_counts) < FOLDS:
         raise UserError(f"{dataset.name}: no class has {FOLDS} images, one for each fold")
     folds = make_folds(dataset, FOLDS, seed)
-    if recipe.label_filter:
-        dataset = filter_labels(recipe.label_filter, dataset, seed, device)
+    dataset = filter_labels(recipe, dataset, seed, device)
     jobs = [
         (recipe, dataset.subset(inside), dataset.images[outside], seed, device)
         for inside, outside in folds
@@ -425,14 +424,22 @@ def train_and_predict(
 
 
 def filter_labels(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> Dataset:
-    """Return the data set with IGNORE_INDEX in place of labels that are probably wrong.
+    """Return the data set as the recipe's label filter, if it has one, leaves it.
 
-    Args:
-        recipe: of the models that estimate, out of fold, how likely each label is wrong.
+    Labels that are probably wrong become IGNORE_INDEX. With `correct_labels`, they become the
+    label that is probably right, where there is one.
     """
-    logits = cross_val_logits(recipe, dataset, seed, device)
-    trusted = torch.from_numpy(metrics.trusted_labels(logits, dataset.labels))
-    return replace(dataset, labels=dataset.labels.where(trusted, IGNORE_INDEX))
+    if recipe.label_filter is None:
+        return dataset
+    logits = cross_val_logits(recipe.label_filter, dataset, seed, device)
+    posterior = metrics.label_posterior(logits, dataset.labels)
+    trusted = torch.from_numpy(metrics.trusted_labels(posterior, dataset.labels))
+    labels = dataset.labels.where(trusted, IGNORE_INDEX)
+    if recipe.correct_labels:
+        probability, suggested = torch.from_numpy(posterior).max(dim=1)
+        certain = probability > metrics.CORRECTION_THRESHOLD
+        labels = suggested.where(~trusted & certain, labels)
+    return replace(dataset, labels=labels)
 
 
 def parallel_map(

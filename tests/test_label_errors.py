@@ -8,6 +8,7 @@ from dataclasses import replace
 import label_errors
 from common import cli
 from common.data import CLASS_NAMES, Correction, format_corrections, open_data, read_corrections
+from common.recipes import LABEL_ERRORS
 from common.train import FOLDS, IGNORE_INDEX
 
 import numpy as np
@@ -217,16 +218,16 @@ def test_images_that_the_first_models_flag_are_not_trained_on_by_the_next(monkey
         for recipe, inside, outside, _, _ in jobs:
             calls.append((recipe, (inside.labels == IGNORE_INDEX).sum().item()))
             logits = sure_logits(true_labels_of(outside, train))
-            if recipe == label_errors.RECIPE.label_filter:
+            if recipe == LABEL_ERRORS.label_filter:
                 flagged = (outside == train.images[0]).all(dim=(1, 2, 3))
                 logits[flagged] = logits[flagged].roll(1, dims=1)
             yield logits
 
     monkeypatch.setattr("common.train.parallel_map", predict)
-    logits = label_errors.predict(label_errors.RECIPE, train, train, 0, torch.device("cpu"))
+    logits = label_errors.predict(LABEL_ERRORS, train, train, 0, torch.device("cpu"))
     first, second = calls[:FOLDS], calls[FOLDS:]
-    assert first == [(label_errors.RECIPE.label_filter, 0)] * FOLDS
-    assert [recipe for recipe, _ in second] == [label_errors.RECIPE] * FOLDS
+    assert first == [(LABEL_ERRORS.label_filter, 0)] * FOLDS
+    assert [recipe for recipe, _ in second] == [LABEL_ERRORS] * FOLDS
     assert sorted(ignored for _, ignored in second) == [0, *[1] * (FOLDS - 1)]
     assert torch.equal(logits.argmax(dim=1), train.labels)  # the first pass only filters
 

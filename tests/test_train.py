@@ -550,7 +550,7 @@ def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_lik
             yield torch.tensor(predicted)[:, None].expand(-1, len(CLASS_NAMES)).float()
 
     def leave_out(recipe, dataset, seed, device):
-        assert (recipe, seed, device) == (QUICK, 4, CPU)
+        assert (recipe, seed, device) == (filtered, 4, CPU)
         return replace(dataset, labels=dataset.labels.masked_fill(ignored, IGNORE_INDEX))
 
     monkeypatch.setattr("common.train.parallel_map", predict_own_number)
@@ -589,14 +589,20 @@ def test_filter_ignores_wrong_labels_and_empties_no_class(monkeypatch):
     planted = replace(dataset, labels=labels)
     logits = 5 * F.one_hot(dataset.labels, 3).float()
     monkeypatch.setattr("common.train.cross_val_logits", lambda *arguments: logits)
-    filtered = filter_labels(QUICK, planted, 0, CPU)
+    recipe = replace(QUICK, label_filter=QUICK)
+    filtered = filter_labels(recipe, planted, 0, CPU)
     ignored = filtered.labels == IGNORE_INDEX
     assert torch.nonzero(ignored).flatten().tolist() == sorted(wrong.tolist())
     assert torch.equal(filtered.labels[~ignored], labels[~ignored])
+    corrected = filter_labels(replace(recipe, correct_labels=True), planted, 0, CPU)
+    assert torch.equal(corrected.labels, dataset.labels)
+    assert filter_labels(QUICK, planted, 0, CPU) is planted
     # Even where models are sure that all cats are something else, some must stay.
     logits = 9 * F.one_hot(torch.zeros_like(labels), 3).float()
-    remaining = filter_labels(QUICK, planted, 0, CPU).labels
-    assert set(remaining.tolist()) >= {0, 1, 2}
+    for correct_labels in (False, True):
+        recipe = replace(recipe, correct_labels=correct_labels)
+        remaining = filter_labels(recipe, planted, 0, CPU).labels
+        assert set(remaining.tolist()) >= {0, 1, 2}
 
 
 # ---- several processes ------------------------------------------------------------------------

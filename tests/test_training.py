@@ -398,14 +398,13 @@ def test_labels_are_filtered_once_and_a_resumed_run_keeps_them(
         seen.append(int((dataset.labels == IGNORE_INDEX).sum()))
         return stopping_train(recipe, dataset, *rest)
 
-    recipe = replace(NAIVE, name="best", label_filter=RECIPES["best"].label_filter)
-    monkeypatch.setitem(RECIPES, "best", recipe)
+    monkeypatch.setitem(RECIPES, "best", replace(NAIVE, name="best"))
     monkeypatch.setattr(training, "filter_labels", drop_a_third)
     monkeypatch.setattr(training, "train", watch)
     options = ("--recipe", "best", "--epochs", 3, "--seed", 5)
     assert run_training(*options)[0] == 130
     assert run_training(*options, "--resume")[0] == 0
-    assert filtered == [("label-filter", TUNED.epochs, 5)]
+    assert filtered == [("best", 3, 5)]
     assert seen == [20, 20]
     assert run_training(*options, "--resume")[0] == 0
     assert (len(filtered), len(seen)) == (1, 2)
