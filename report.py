@@ -29,7 +29,7 @@ from typing import Any
 
 from common import cli, metrics
 from common.cli import PROJECT, UserError
-from common.data import CLASS_NAMES, SPLITS, describe, open_data, read_corrections
+from common.data import CLASS_NAMES, PREPARED, SPLITS, describe, open_data, read_corrections
 from common.metrics import SCORE_TITLES
 from common.model import choose_device, describe_checkpoint, load_checkpoint
 
@@ -113,10 +113,8 @@ class Report:
         self.versions = cli.versions()
         choose_device(arguments.device)
         source = open_data(arguments.data)
-        # so that the steps use the same data
-        self.data_option = arguments.data
-        if arguments.data == "auto":
-            self.data_option = os.path.relpath(source.path)  # it is printed: no home folder
+        # `auto` must not become another set halfway, when the network is there again.
+        self.data_option = source.name if source.name in PREPARED else arguments.data
         self.train, dev = (source.load(split, arguments.quick) for split in SPLITS)
         self.data = describe(self.train, dev)
         if arguments.labels:

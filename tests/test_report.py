@@ -18,7 +18,7 @@ from pathlib import Path
 import report
 import training
 from common import cli, metrics
-from common.data import SPLITS, Correction, format_corrections, open_data
+from common.data import SPLITS, Correction, DataFolder, format_corrections, open_data
 from common.model import build_model, save_checkpoint
 from common.recipes import RECIPES, REPORT_RECIPES
 
@@ -357,6 +357,16 @@ def test_changed_corrections_are_used(make_report, scripts, tmp_path):
     path.write_text(path.read_text().replace("yes", "no"))
     make_report()
     assert steps_that_ran(scripts) == ["corrected-labels"]
+
+
+@pytest.mark.parametrize(("name", "option"), [("cifar10", "cifar10"), ("data", "auto")])
+def test_steps_use_one_data_set_and_no_path_of_the_home_folder(
+    course_folder, monkeypatch, name, option
+):
+    folder = DataFolder(name, Path(course_folder))
+    monkeypatch.setattr(report, "open_data", lambda _: folder)
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    assert report.Report(report.parse_arguments(), Path("out")).data_option == option
 
 
 def test_own_corrections_take_the_place_of_the_automatic_ones(make_report, scripts, tmp_path):

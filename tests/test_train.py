@@ -634,6 +634,16 @@ def test_jobs_keep_their_order_and_an_error_reaches_the_caller(monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def kill_oneself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_reported_in_one_line(monkeypatch):
+    monkeypatch.setattr("common.train._core_count", lambda: 2)
+    with pytest.raises(UserError, match="a process was killed, probably because the memory"):
+        list(parallel_map(kill_oneself, [(), ()], CPU, "jobs"))
+
+
 def test_a_single_job_runs_here_with_the_threads_asked_for_and_leaves_the_number(monkeypatch):
     monkeypatch.setattr("common.train._core_count", lambda: 2)
     two_threads = parallel_map(divide, [(6, 3), (6, 2)], CPU, "divisions", threads=2)
