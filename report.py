@@ -89,7 +89,7 @@ STEPS = (
         7,
         "training.py --show-mismatch --checkpoint {recipes}/final.ckpt",
     ),
-    Step("best", "3. The recipe best", 450, f"{RECIPE} best", all_seeds=True, full=True),
+    Step("best", "3. The recipe best", 590, f"{RECIPE} best", all_seeds=True, full=True),
     Step("tuning", "3i. A search for settings", 750, "tuning.py", full=True),
     Step("model", "The model to hand in", 10, "evaluation.py --checkpoint {checkpoint}"),
     Step("learning-rates", "4. Learning rates", 80, "lr_analysis.py", all_seeds=True),
