@@ -44,6 +44,11 @@ def verdicts(curves):
     return {rate: lr_analysis.verdict(rate, runs) for rate in runs}
 
 
+def test_divergence_is_a_loss_of_five_times_chance_level():
+    for loss, step in ((5.4, None), (5.6, 1)):  # 5 ln 3 is 5.49
+        assert divergence_step(np.full((1, 20), loss)) == step
+
+
 def test_verdicts_in_words():
     fall = np.linspace(0, 1, 100)
     words = verdicts(
@@ -186,6 +191,16 @@ def test_no_suggestion_without_reason(losses, reason):
     rate, words = suggest_rate(RATES[: len(losses)], losses)
     assert rate is None
     assert reason in words
+
+
+def test_thirty_steps_are_enough_for_a_suggestion():
+    losses = 0.7 - 0.4 * np.tanh((np.arange(30) - 14.5) / 4)
+    rates = np.geomspace(1e-4, 1e-1, 30)
+    assert suggest_rate(rates, losses)[0] == pytest.approx(rates[14], rel=0.3)
+    assert suggest_rate(rates[1:], losses[1:]) == (
+        None,
+        "the loss diverges after 29 steps, too few to tell",
+    )
 
 
 def test_no_suggestion_from_shuffled_labels():

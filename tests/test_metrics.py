@@ -226,6 +226,13 @@ def test_pairing_tells_more_than_two_intervals(case):
     assert metrics.compare(labels, predicted, baseline)["interval"][0] > 0
 
 
+def test_two_equal_models_have_a_symmetric_interval_of_some_width():
+    labels = np.repeat([0, 1, 2], [200, 40, 20])
+    low, high = metrics.compare(labels, labels, labels)["interval"]
+    assert 0.005 < high < 0.05
+    assert low == pytest.approx(-high, rel=0.1)
+
+
 def test_the_spread_over_runs_is_that_of_a_t_test():
     labels = np.repeat([0, 1, 2], 20_000)  # so many that the images themselves matter little
     generator = np.random.default_rng(0)

@@ -605,6 +605,19 @@ def test_filter_ignores_wrong_labels_and_empties_no_class(monkeypatch):
         assert set(remaining.tolist()) >= {0, 1, 2}
 
 
+def test_corrected_labels_by_hand(monkeypatch):
+    posterior = [[0.9, 0.1, 0], [0.55, 0.25, 0.2], [0.3, 0.7, 0], [0.4, 0.6, 0], [0.7, 0.3, 0]]
+    monkeypatch.setattr("common.train.cross_val_logits", lambda *arguments: None)
+    monkeypatch.setattr("common.metrics.label_posterior", lambda *_: np.array(posterior))
+    dataset = make_dataset(counts=(4, 1, 0))
+    dataset = replace(dataset, labels=torch.tensor([0, 0, 0, 0, 1]))
+    for correct_labels, changed in ((False, IGNORE_INDEX), (True, 1)):
+        recipe = replace(QUICK, label_filter=QUICK, correct_labels=correct_labels)
+        labels = filter_labels(recipe, dataset, 0, CPU).labels.tolist()
+        # trusted; uncertain; another is certain; 0.6 is not certain; the only one of its class
+        assert labels == [0, IGNORE_INDEX, changed, IGNORE_INDEX, 1]
+
+
 # ---- several processes ------------------------------------------------------------------------
 
 
