@@ -11,6 +11,7 @@ from common.attacks import (
     pgd,
     project,
     random_noise,
+    saliency,
     trades_perturbation,
     universal_perturbation,
 )
@@ -128,6 +129,15 @@ def test_stopping_early_makes_pgd_no_weaker(model, dev, images):
     assert left[0] <= left[1] < 0.9
 
 
+def test_stopping_early_leaves_an_image_at_its_first_success(model, dev, images):
+    settings = {"alpha": 0.03, "random_start": False}
+    whole = [pgd(model, images, dev.labels, 0.3, steps=k, **settings) for k in range(1, 9)]
+    for before, after in zip(whole, whole[1:], strict=False):
+        wrong = predict_logits(model, before).argmax(dim=1) != dev.labels
+        assert torch.equal(before[wrong], after[wrong])
+    assert wrong.any()
+
+
 def test_pgd_starts_at_random_points_of_the_ball(dev, images):
     model = Linear().eval()
     settings = {"alpha": 0.0, "steps": 1, "stop_early": False}
@@ -213,6 +223,12 @@ def test_gradient_of_an_image_does_not_depend_on_the_batch(model, dev, images):
     together, _ = input_gradient(model, images, dev.labels)
     alone, _ = input_gradient(model, images[:1], dev.labels[:1])
     torch.testing.assert_close(together[:1], alone, atol=1e-6, rtol=1e-4)
+
+
+def test_saliency_is_the_largest_gradient_over_the_colors(model, dev, images):
+    gradient, _ = input_gradient(model, images[:3], dev.labels[:3])
+    maps = saliency(model, images[:3], dev.labels[:3])
+    assert torch.equal(maps, torch.maximum(gradient.max(dim=1)[0], -gradient.min(dim=1)[0]))
 
 
 def test_projection_by_hand():

@@ -629,6 +629,12 @@ def test_noise_and_plain_images_have_no_near_duplicates():
     assert near_duplicates(torch.cat([noise, plain]).to(torch.uint8)) == []
 
 
+def test_neighbors_in_the_file_are_compared_too():
+    images = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    images[2] = images[1]
+    assert [(i, j) for i, j, _ in near_duplicates(images.to(torch.uint8))] == [(1, 2)]
+
+
 def test_duplicate_groups_are_chains_of_near_duplicates():
     images = images_with_copies()
     images[29] = images[0]
