@@ -69,9 +69,9 @@ TUNED = replace(
     tta_flip=True,
     tta_shift=3,
 )
-# A larger network would memorize wrong labels: those that these models find are left out.
+# A larger network would memorize wrong labels: those that these models find are not learned.
 LABEL_FILTER = replace(TUNED, name="label-filter", logit_adjustment=1.0)
-# label_errors.py
+# A second pass finds them more exactly: for label_errors.py and `best`.
 LABEL_ERRORS = replace(
     LABEL_FILTER,
     name="label-errors",
@@ -98,7 +98,7 @@ BEST = replace(
     cutout=14,
     mixup=0.2,
     label_filter=LABEL_ERRORS,
-    correct_labels=True,  # a tenth of the true cats are labeled as something else
+    correct_labels=True,  # a quarter of the true cats are labeled as something else
 )
 ROBUST = replace(
     TUNED,
