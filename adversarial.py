@@ -496,8 +496,9 @@ def find_robust(
 
 def is_trained_on(path: Path, dataset: Dataset) -> bool:
     """Return whether a checkpoint was trained on these images, whatever their labels."""
-    trained_on, key = load_checkpoint(path)[1].get("trained_on"), "image_fingerprint"
-    return isinstance(trained_on, dict) and trained_on.get(key) == dataset.metadata()[key]
+    trained_on = load_checkpoint(path)[1].get("trained_on")
+    images = dataset.image_fingerprint
+    return isinstance(trained_on, dict) and trained_on.get("image_fingerprint") == images
 
 
 def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifier, dict[str, Any]]:

@@ -35,7 +35,6 @@ from common.data import (
     Dataset,
     apply_corrections,
     describe,
-    duplicate_groups,
     open_data,
     read_corrections,
 )
@@ -83,7 +82,7 @@ def split(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
     Raises:
         UserError: a class has too few images for this split and the folds of the search.
     """
-    groups, needed = duplicate_groups(dataset.images), PARTS * FOLDS
+    groups, needed = dataset.duplicate_groups, PARTS * FOLDS
     for label, name in enumerate(CLASS_NAMES):
         count = len(groups[dataset.labels == label].unique())
         if count < needed:

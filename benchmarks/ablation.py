@@ -105,8 +105,10 @@ def main() -> None:
     )
     folds = choose_folds(dataset, flagged, arguments.runs, arguments.seed)
     parts = [dataset.subset(inside) for inside, _ in folds]
-    filters = [(variants["all"], part, seed, device) for seed, part in enumerate(parts)]
-    filtered = list(parallel_map(filter_labels, filters, device, "label filters"))
+    filtered = parts
+    if variants["all"].label_filter:
+        filters = [(variants["all"], part, seed, device) for seed, part in enumerate(parts)]
+        filtered = list(parallel_map(filter_labels, filters, device, "label filters"))
     jobs = [
         (variant, kept if variant.label_filter else part, dataset.images[outside], seed, device)
         for variant in variants.values()

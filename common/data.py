@@ -10,7 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,16 @@ class Dataset:
         """12 hexadecimal digits that change with any pixel or label."""
         return _digest(self.images, self.labels)
 
+    @cached_property
+    def image_fingerprint(self) -> str:
+        """12 hexadecimal digits that change with any pixel, whatever the labels."""
+        return _digest(self.images)
+
+    @cached_property
+    def duplicate_groups(self) -> Tensor:
+        """A group number for each image, int64 [N]; near-duplicates share one."""
+        return duplicate_groups(self.images)
+
     def subset(self, index: Tensor) -> "Dataset":
         """Return the images that an index, int64 or bool, selects."""
         true_labels = None if self.true_labels is None else self.true_labels[index]
@@ -87,13 +97,19 @@ class Dataset:
         """Return this split's entry in result files and checkpoints."""
         counts = dict(zip(CLASS_NAMES, self.class_counts, strict=True))
         wrong = None if self.true_labels is None else int((self.labels != self.true_labels).sum())
-        prints = {"fingerprint": self.fingerprint, "image_fingerprint": _digest(self.images)}
-        return prints | {"class_counts": counts, "wrong_labels": wrong}
+        return {
+            "fingerprint": self.fingerprint,
+            "image_fingerprint": self.image_fingerprint,
+            "class_counts": counts,
+            "wrong_labels": wrong,
+        }
 
 
 def _digest(*tensors: Tensor) -> str:
-    content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
-    return hashlib.sha256(content).hexdigest()[:12]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()[:12]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -467,21 +483,23 @@ def format_corrections(
     dataset: Dataset, corrections: Sequence[Correction], reviewed: bool = True
 ) -> str:
     """Return the text of a CSV file of corrections; False marks it as not reviewed by a person."""
-    lines = [",".join(COLUMNS)]
-    for each in corrections:
-        names = f"{CLASS_NAMES[each.given]},{CLASS_NAMES[each.suggested]}"
-        accept = "yes" if each.accept else "no"
-        lines.append(f"{each.index},{names},{each.confidence:.3f},{accept}")
     name = " ".join(dataset.name.split())
     head = f"# labels of {name}, {dataset.split}, fingerprint {dataset.fingerprint}"
     mark = "" if reviewed else unreviewed_mark(corrections)
-    return "\n".join([head + mark, *lines, ""])
+    return f"{head}{mark}\n{','.join(COLUMNS)}\n{_format_rows(corrections)}"
 
 
 def unreviewed_mark(corrections: Sequence[Correction]) -> str:
     """Return the mark of corrections that are as a script found them: any edit makes it untrue."""
-    values = [astuple(replace(each, confidence=f"{each.confidence:.3f}")) for each in corrections]
-    return f"; not reviewed: {hashlib.sha256(repr(values).encode()).hexdigest()[:12]}"
+    return f"; not reviewed: {hashlib.sha256(_format_rows(corrections).encode()).hexdigest()[:12]}"
+
+
+def _format_rows(corrections: Sequence[Correction]) -> str:
+    rows = ""
+    for each in corrections:
+        names = f"{CLASS_NAMES[each.given]},{CLASS_NAMES[each.suggested]}"
+        rows += f"{each.index},{names},{each.confidence:.3f},{'yes' if each.accept else 'no'}\n"
+    return rows
 
 
 def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:

@@ -16,7 +16,7 @@ from typing import Any
 from common import metrics
 from common.attacks import trades_perturbation
 from common.cli import UserError
-from common.data import CLASS_NAMES, Dataset, duplicate_groups, to_float
+from common.data import CLASS_NAMES, Dataset, to_float
 from common.model import Classifier, autocast, build_model, predict_logits
 from common.recipes import Recipe
 
@@ -409,10 +409,9 @@ def make_folds(dataset: Dataset, count: int, seed: int) -> list[tuple[Tensor, Te
     """
     from sklearn.model_selection import StratifiedGroupKFold  # takes seconds to import
 
-    groups = duplicate_groups(dataset.images)
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     with warnings.catch_warnings(action="ignore"):  # about a class that some folds lack
-        folds = list(splitter.split(dataset.images, dataset.labels, groups))
+        folds = list(splitter.split(dataset.images, dataset.labels, dataset.duplicate_groups))
     return [(torch.from_numpy(inside), torch.from_numpy(outside)) for inside, outside in folds]
 
 
