@@ -84,6 +84,7 @@ class Trained:
 
     recipe: Recipe
     seed: int
+    checkpoint: Path
     logits: Tensor  # of dev, [N, C]
     history: list[dict[str, Any]]  # loss, seconds, scores and recalls of each epoch
 
@@ -112,7 +113,8 @@ def train_recipes(
     jobs, device = [], choose_device(arguments.device)
     for recipe in recipes:
         for number, seed in enumerate(arguments.seed):
-            path = results.folder / f"{run_name(recipe, seed, arguments)}.ckpt"
+            name = f"{recipe.name}-seed{seed}" if number else recipe.name
+            path = results.folder / f"{name}.ckpt"
             metadata = describe_run(recipe, dataset, seed, device) | {"dev": dev.fingerprint}
             earlier = find_earlier(path, metadata) if arguments.resume else {}
             kept = dataset
@@ -121,17 +123,10 @@ def train_recipes(
             elif "logits" not in earlier:
                 kept = filter_labels(recipe, dataset, seed, device)
             jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier, number))
-    trained = []
     threads = max(recipe.threads for recipe in recipes)
-    for run in parallel_map(train_run, jobs, device, "runs", threads):
-        results.written.append(results.folder / f"{run_name(run.recipe, run.seed, arguments)}.ckpt")
-        trained.append(run)
+    trained = list(parallel_map(train_run, jobs, device, "runs", threads))
+    results.written += [run.checkpoint for run in trained]
     return trained
-
-
-def run_name(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> str:
-    """Return the name of a run's files: the recipe's; with its seed unless it is the first."""
-    return recipe.name if seed == arguments.seed[0] else f"{recipe.name}-seed{seed}"
 
 
 def train_run(
@@ -154,7 +149,7 @@ def train_run(
     """
     history = list(earlier.get("history", []))
     if "logits" in earlier:  # it was finished already
-        return Trained(recipe, seed, earlier["logits"], history)
+        return Trained(recipe, seed, path, earlier["logits"], history)
     unfinished = path.with_suffix(".unfinished.ckpt")
     bar = tqdm(
         total=recipe.epochs,
@@ -186,7 +181,7 @@ def train_run(
     logits = predict_logits(model, dev.images)
     save(path, model, {"history": history, "logits": logits})
     unfinished.unlink(missing_ok=True)
-    return Trained(recipe, seed, logits, history)
+    return Trained(recipe, seed, path, logits, history)
 
 
 def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -307,20 +302,19 @@ def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
     )
     counts = np.sum(next(iter(summaries.values()))["runs"][0]["confusion"], axis=1)
     always_car = metrics.scores(np.outer(counts, np.arange(len(counts)) == 0))
+    ours, theirs = plots.PALETTE[0], plots.PALETTE[3]
     for ax, (score, title) in zip(axes, SCORE_TITLES.items(), strict=True):
         for place, summary in enumerate(summaries.values()):
-            low, high = summary["interval"][score]
-            ax.plot([low, high], [place, place], color=plots.PALETTE[0], lw=2, alpha=0.4)
+            ax.plot(summary["interval"][score], [place, place], color=ours, lw=2, alpha=0.4)
             scores = [run[score] for run in summary["runs"]]
-            ax.plot(scores, [place] * len(scores), "o", color=plots.PALETTE[0], ms=5)
-            theirs = summary["report"].get(score, np.nan)
-            ax.plot(theirs, place, "D", color=plots.PALETTE[3], mfc="none", ms=8)
+            ax.plot(scores, [place] * len(scores), "o", color=ours, ms=5)
+            reported = summary["report"].get(score, np.nan)
+            ax.plot(reported, place, "D", color=theirs, mfc="none", ms=8)
         ax.axvline(always_car[score], color="0.5", ls=":")
         names = list(summaries) if ax is axes[0] else [""] * len(summaries)
         ax.set(title=title, xlim=(-0.02, 1), yticks=range(len(summaries)), yticklabels=names)
         ax.invert_yaxis()
         ax.grid(axis="x", alpha=0.3)
-    ours, theirs = plots.PALETTE[0], plots.PALETTE[3]
     axes[0].plot([], [], "o-", color=ours, label="ours: each seed; 95% interval of the first")
     axes[0].plot([], [], "D", color=theirs, mfc="none", label="the report's")
     axes[0].plot([], [], ":", color="0.5", label=f'a model that always predicts "{CLASS_NAMES[0]}"')
@@ -472,7 +466,7 @@ def main() -> None:
         results.save_figure(f"training-{name}", draw_curves(summaries[name]))
         for run in own:
             text = metrics.format_predictions(dev.labels, run.logits)
-            results.save_text(f"predictions-{run_name(run.recipe, run.seed, arguments)}.csv", text)
+            results.save_text(f"predictions-{run.checkpoint.stem}.csv", text)
     if len(recipes) > 1:
         results.save_figure("training-recipes", draw_comparison(summaries))
     results.save_json("training", {"recipes": summaries})

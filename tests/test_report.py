@@ -137,7 +137,7 @@ class FakeScripts:
     def run(self, recipe, seed, place):
         history = [{"loss": 1.0, "seconds": 1.0, **self.scores(seed)} for _ in range(2)]
         logits = predict(self.dev.labels, seed + place)
-        return training.Trained(RECIPES[recipe], seed, logits, history)
+        return training.Trained(RECIPES[recipe], seed, Path(), logits, history)
 
     def tuning(self):
         trials = [{"number": 0, "g_mean": 0.5, "settings": {}, "is_default": True}]

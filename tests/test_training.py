@@ -250,7 +250,7 @@ def fake_run(recipe, seed, dev, wrong):
         {**{name: generator.random() for name in names}, "recall": generator.random(3).tolist()}
         for _ in range(recipe.epochs)
     ]
-    return training.Trained(recipe, seed, logits, history)
+    return training.Trained(recipe, seed, Path(), logits, history)
 
 
 def test_a_summary_has_the_mean_and_the_standard_deviation_over_seeds(dev):
