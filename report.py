@@ -402,7 +402,6 @@ FORMATS = {
     "short": "{:.2g}",
 }
 SCREEN_DPI = 96  # CSS pixels per inch
-COLUMN_WIDTH = 736  # of the page's text, in CSS pixels; wider figures extend beyond it
 
 
 class Files:
@@ -466,28 +465,17 @@ class Files:
         interval = self.interval(file, f"{path}/interval", "signed")
         return Markup(words + " ({} {})").format(other, difference, interval)
 
-    def figure(self, file: str, caption: str, label: str = "") -> Markup:
-        """Return a figure as HTML with the image embedded; nothing if no step has drawn it."""
+    def image(self, file: str) -> dict[str, Any] | None:
+        """Return a figure's size in CSS pixels and its data URL; None if no step has drawn it."""
         path = self.folder / file
         if not path.exists():
-            return Markup("")
+            return None
         with Image.open(path) as image:
             width, height = (round(size * SCREEN_DPI / cli.FIGURE_DPI) for size in image.size)
         drawing = path.with_suffix(".svg")
         path, kind = (drawing, "svg+xml") if drawing.exists() else (path, "png")
-        return Markup(
-            '<figure{}><div class="card"><img width="{}" height="{}" alt="{}" '
-            'src="data:image/{};base64,{}"></div><figcaption>{}{}</figcaption></figure>'
-        ).format(
-            Markup(' class="wide"') if width > COLUMN_WIDTH else "",
-            width,
-            height,
-            caption,
-            kind,
-            base64.b64encode(path.read_bytes()).decode(),
-            Markup("<strong>{}.</strong> ").format(label) if label else "",
-            caption,
-        )
+        content = base64.b64encode(path.read_bytes()).decode()
+        return {"width": width, "height": height, "url": f"data:image/{kind};base64,{content}"}
 
 
 # ---- options --------------------------------------------------------------------------------
