@@ -426,22 +426,17 @@ class Files:
         return found
 
     def number(self, file: str, path: str, kind: str = "score") -> Markup:
-        """Return a number from a JSON file as HTML that names its source; a dash for null."""
-        value = self.value(file, path)
+        """Return a number from a JSON file as HTML that names its source; a dash for null.
+
+        Of a list, it is the number of entries.
+        """
+        value, source = self.value(file, path), f"{file}: {path}"
         if value is None:
             return Markup("–")
+        if isinstance(value, list):
+            value, source = len(value), f"{source}, entries"
         text = FORMATS[kind].format(value).replace("-", "\N{MINUS SIGN}")
-        return self._marked(value, f"{file}: {path}", text)
-
-    def count(self, file: str, path: str) -> Markup:
-        """Return the number of entries of a list in a JSON file, as HTML."""
-        entries = len(self.value(file, path))
-        return self._marked(entries, f"{file}: {path}, entries", f"{entries:,}")
-
-    @staticmethod
-    def _marked(value: float, title: str, text: str) -> Markup:
-        html = Markup('<data value="{}" title="{}">{}</data>')
-        return html.format(repr(value), title, text)
+        return Markup('<data value="{}" title="{}">{}</data>').format(repr(value), source, text)
 
     def spread(self, file: str, path: str, score: str, kind: str = "score") -> Markup:
         """Return a mean over seeds as HTML, with its standard deviation if there are several."""
