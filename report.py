@@ -7,7 +7,7 @@
 
 Each step is one of the scripts, run as you would run it yourself; its files are in
 report/steps/<step>. A step whose options, input files, data and code are unchanged is not run
-again, so a report that was stopped resumes where it was.
+again, so a report that was stopped resumes where it stopped.
 """
 
 import argparse
@@ -56,12 +56,12 @@ class Step:
 
     name: str  # of its folder
     title: str
-    weight: float  # its seconds on two slow cores; after the first steps only proportions matter
+    weight: float  # seconds on two slow cores; once a step has run, only the ratios matter
     # {name} stands for the folder of another step, {labels} for the file of label corrections,
     # {checkpoint} for the model to hand in.
     command: str
-    all_seeds: bool = False  # or the first one only
-    full: bool | None = None  # only with --full, only without it, or in both cases
+    all_seeds: bool = False  # or only the first
+    full: bool | None = None  # True: only with --full; False: only without it; None: always
 
     @property
     def script(self) -> str:
@@ -124,10 +124,10 @@ class Report:
 
         top = "{best}/best.ckpt" if arguments.full else "{recipes}/tuned.ckpt"
         labels = "{label-errors}/label_corrections.csv"
-        self.paths = {step.name: str(folder / "steps" / step.name) for step in self.steps}
+        self.paths = {step.name: folder / "steps" / step.name for step in self.steps}
         self.paths |= {
-            "checkpoint": str(arguments.checkpoint or top.format_map(self.paths)),
-            "labels": str(arguments.labels or labels.format_map(self.paths)),
+            "checkpoint": arguments.checkpoint or Path(top.format_map(self.paths)),
+            "labels": arguments.labels or Path(labels.format_map(self.paths)),
         }
 
     def run(self) -> None:
@@ -150,7 +150,7 @@ class Report:
         seeds = arguments.seed if step.all_seeds else arguments.seed[:1]
         options = [option.format_map(self.paths) for option in step.command.split()[1:]]
         options += ["--data", self.data_option, "--device", arguments.device]
-        options += ["--seed", ",".join(map(str, seeds)), "--out", self.paths[step.name]]
+        options += ["--seed", ",".join(map(str, seeds)), "--out", str(self.paths[step.name])]
         if step.name == "model" and arguments.pixel_range:
             options += ["--pixel-range", "{:g},{:g}".format(*arguments.pixel_range)]
         return [*options, "--quick"] if arguments.quick else options
@@ -171,7 +171,7 @@ class Report:
     def state_of(self, step: Step) -> dict[str, Any]:
         """Return the step.json of an earlier run; {} if it is missing or broken."""
         try:
-            state = dict(cli.read_json(Path(self.paths[step.name]) / "step.json"))
+            state = dict(cli.read_json(self.paths[step.name] / "step.json"))
         except (UserError, TypeError, ValueError):
             return {}
         seconds = state.get("seconds")
@@ -181,7 +181,7 @@ class Report:
     def result_of(self, step: Step) -> Path:
         """Return the path of a step's JSON file."""
         result = "mismatch" if step.name == "mismatch" else Path(step.script).stem
-        return Path(self.paths[step.name]) / f"{result}.json"
+        return self.paths[step.name] / f"{result}.json"
 
     def time_left(self, number: int) -> str:
         """Estimate how long the rest will take from the steps so far."""
@@ -193,7 +193,7 @@ class Report:
 
     def run_step(self, step: Step, origin: dict[str, Any], resume: bool) -> float:
         """Run a step's script; return how many seconds it took."""
-        folder, start = Path(self.paths[step.name]), time.perf_counter()
+        folder, start = self.paths[step.name], time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         options = origin["options"]
         if resume and "--recipe" in options:
@@ -225,14 +225,13 @@ class Report:
         """Return dev's labels [N] and the predicted classes [seeds, N] of a recipe of a step."""
         step, recipe = run.split("/")
         names = [recipe, *(f"{recipe}-seed{seed}" for seed in self.arguments.seed[1:])]
-        folder = Path(self.paths[step])
-        runs = [read_predictions(folder / f"predictions-{name}.csv") for name in names]
+        runs = [read_predictions(self.paths[step] / f"predictions-{name}.csv") for name in names]
         return runs[0][0], np.stack([predicted for _, predicted in runs])
 
     def without_near_duplicates(self) -> dict[str, Any]:
         """Return the scores of the model to hand in on dev without near-duplicates of train."""
-        labels, predicted = read_predictions(Path(self.paths["model"]) / "predictions.csv")
-        path = Path(self.paths["data"]) / "inspectData.json"
+        labels, predicted = read_predictions(self.paths["model"] / "predictions.csv")
+        path = self.paths["data"] / "inspectData.json"
         with step_file(path):
             pairs = cli.read_json(path)["near_duplicates"]
         others = np.delete(np.arange(len(labels)), [pair["dev"] for pair in pairs])
@@ -249,7 +248,7 @@ class Report:
 
     def about(self) -> dict[str, str]:
         """Return what the page and AUTHOR.txt say about the work and its author."""
-        path, labels = (Path(self.paths[name]) for name in ("checkpoint", "labels"))
+        path, labels = self.paths["checkpoint"], self.paths["labels"]
         _, metadata = load_checkpoint(path, self.arguments.pixel_range)
         settings = metadata.get("recipe")
         settings = settings.items() if isinstance(settings, dict) else []
@@ -275,8 +274,8 @@ class Report:
                 files["report" / file.relative_to(self.folder)] = file
         return files | {
             Path("report/index.html"): self.folder / "index.html",
-            Path("report/model.ckpt"): Path(self.paths["checkpoint"]),
-            Path("report/label_corrections.csv"): Path(self.paths["labels"]),
+            Path("report/model.ckpt"): self.paths["checkpoint"],
+            Path("report/label_corrections.csv"): self.paths["labels"],
         }
 
     def pack(self, name: Path) -> Path:
@@ -364,7 +363,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def step_file(path: Path) -> Iterator[None]:
-    """Say how to make a step's file anew if it can't be read.
+    """If a step's file can't be read, say how to make a new one.
 
     Raises:
         UserError: for example after a spreadsheet saved a table with semicolons.
