@@ -56,9 +56,8 @@ REPORT = {
 
 def pixel_statistics(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each image's pixels in [0, 1], [N] each."""
-    blocks = [to_float(block).flatten(1) for block in dataset.images.split(1024)]
-    mean = torch.cat([pixels.mean(dim=1) for pixels in blocks])
-    return mean, torch.cat([pixels.std(dim=1, correction=0) for pixels in blocks])
+    std, mean = torch.std_mean(to_float(dataset.images), dim=(1, 2, 3), correction=0)
+    return mean, std
 
 
 def find_outliers(dataset: Dataset) -> Tensor:
@@ -201,13 +200,10 @@ def draw_label_order(datasets: list[Dataset]) -> Figure:
 def draw_positions(ax: Axes, dataset: Dataset) -> Axes:
     """Draw a line per image in the row of its class, paler where there are many."""
     labels = dataset.labels.numpy()
-    for label in range(len(CLASS_NAMES)):
-        color = plots.CLASS_COLORS[label]
+    for label, count in enumerate(dataset.class_counts):
+        style = {"colors": plots.CLASS_COLORS[label], "alpha": np.clip(300 / count, 0.1, 1)}
         places = np.flatnonzero(labels == label)
-        alpha = min(1.0, max(0.1, 300 / len(places)))
-        ax.eventplot(
-            places, lineoffsets=label, linelengths=0.7, linewidths=0.4, colors=color, alpha=alpha
-        )
+        ax.eventplot(places, lineoffsets=label, linelengths=0.7, linewidths=0.4, **style)
     ax.set_yticks(range(len(CLASS_NAMES)), CLASS_NAMES)
     ax.set(xlim=(0, len(labels)), ylim=(len(CLASS_NAMES) - 0.5, -0.5))
     p_value = format_p_value(independence_p_value(labels))
