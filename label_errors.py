@@ -88,9 +88,8 @@ def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction
         if labels[i] != labels[j]:
             flagged[i if wrong_probability[i] > wrong_probability[j] else j] = True
     columns = (images, labels, suggested, confidence, accepted)
-    rows = [column[flagged] for column in columns]
-    order = np.argsort(-wrong_probability[flagged], kind="stable")
-    return [Correction(*(row[i].item() for row in rows)) for i in order]
+    order = np.argsort(-wrong_probability, kind="stable")
+    return [Correction(*(column[i].item() for column in columns)) for i in order if flagged[i]]
 
 
 # ---- the user's decisions ---------------------------------------------------------------------
