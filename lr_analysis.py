@@ -115,6 +115,7 @@ def range_test(
     It ends early once the smoothed loss is DIVERGENCE_FACTOR times its lowest value, or NaN. The
     model itself is not changed: a copy is trained.
     """
+    torch.set_num_threads(recipe.threads)  # the order of floating-point sums depends on it
     model = copy.deepcopy(model).train()
     optimizer = make_optimizer(model, recipe)
     log_prior = torch.zeros(len(CLASS_NAMES), device=device)  # no logit adjustment
@@ -238,8 +239,7 @@ def analyze_range(
 ) -> dict[str, object]:
     """Run the range test with a new model; return its entry in the JSON file."""
     torch.manual_seed(seed)
-    job = (build_model(recipe.network).to(device), recipe, dataset, device)
-    (losses,) = parallel_map(range_test, [job], device, "range test")
+    losses = range_test(build_model(recipe.network).to(device), recipe, dataset, device)
     rates = RANGE_TEST_RATES[: len(losses)].tolist()
     suggestion, explanation = suggest_rate(rates, losses)
     if suggestion and best:
