@@ -3,8 +3,8 @@
     python inspectData.py
     python inspectData.py --export my_images      (then correct labels by moving files)
 
-Counts the classes, tests whether they are in random order and whether dev has the class fractions
-of train, and shows outliers and near-duplicates, within train, within dev and across both.
+Counts the classes, tests whether they are in random order and whether dev has the same class
+fractions as train, and shows outliers and near-duplicates within train, within dev and across both.
 """
 
 import shutil
@@ -328,7 +328,7 @@ def print_verdicts(numbers: dict[str, Any]) -> None:
         cli.say(verdict(found["independence_p_value"], independent, dependent))
     if "class_fractions_p_value" in numbers:
         same = "dev has the same class fractions as train"
-        different = "dev has other class fractions than train"
+        different = "dev's class fractions differ from train's"
         cli.say(verdict(numbers["class_fractions_p_value"], same, different))
 
 

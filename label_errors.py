@@ -108,7 +108,7 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
         if found and found[1] != dataset.fingerprint:
             other = _set_aside(path, found[1])
             path.replace(other)
-            cli.say(f"{path} was made for other data: it is now {other.name}")
+            cli.say(f"{path} was made for other data: it has been renamed {other.name}")
     earlier = _set_aside(path, dataset.fingerprint)
     if earlier.exists() and not path.exists():
         earlier.replace(path)
@@ -188,11 +188,11 @@ def draw_sheet(dataset: Dataset, corrections: Sequence[Correction], label: int) 
         f"{each.confidence:.0%}"
         for each in shown
     ]
-    first = f", the first {len(shown)} here" if len(shown) < len(flagged) else ""
+    first = f", the first {len(shown)} are shown" if len(shown) < len(flagged) else ""
     title = (
-        f"{len(flagged)} of {dataset.class_counts[label]} labels {CLASS_NAMES[label]} in "
+        f"{len(flagged)} of {dataset.class_counts[label]} images labeled {CLASS_NAMES[label]} in "
         f"{dataset.split} are flagged{first}. Above each image: its index, the most probable "
-        "other label and its probability; ? where that is not accepted"
+        "other label (? if it is not accepted), and its probability"
     )
     return plots.image_grid(title, dataset.images[[each.index for each in shown]], captions, 12)
 

@@ -66,7 +66,7 @@ BASELINES = {
     "tuned": "final",
     "best": "tuned",
 }
-# What a file of settings (--settings) may change, and the bounds.
+# What a file for --settings may change, and between which bounds.
 SETTING_BOUNDS = {
     "learning_rate": (1e-6, 1.0),
     "batch_size": (1, 4096),
@@ -196,8 +196,8 @@ def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
             other = [key for key, value in metadata.items() if found.get(key) != value]
             if other:
                 raise UserError(
-                    f"{file}: is of a run with another {' and '.join(other)}; repeat its command, "
-                    "or omit --resume to overwrite it"
+                    f"{file}: comes from a run with another {' and '.join(other)}; repeat that "
+                    "run's command, or omit --resume to overwrite the file"
                 )
             return load_training(file)
     return {}
@@ -210,7 +210,7 @@ def summarize(runs: list[Trained], dev: Dataset, baseline: list[Trained]) -> dic
     """Return a recipe's entry in the JSON file.
 
     The scores are means over the seeds, and `spread` is their standard deviation. `interval` is
-    that of the first seed's run: the uncertainty from the choice of images.
+    the first seed's: the uncertainty from the choice of images.
 
     Args:
         baseline: the runs of the recipe to compare with, if it was trained too.
@@ -246,7 +246,7 @@ def curves_of(run: Trained) -> dict[str, list[Any]]:
 
 
 def print_summaries(summaries: dict[str, dict[str, Any]]) -> None:
-    """Print the table report / ours, a row for each recipe, and the comparisons."""
+    """Print the report's scores and ours, a row for each recipe, and the comparisons."""
     rows = []
     for name, summary in summaries.items():
         row = [name]
@@ -356,7 +356,7 @@ def load_final(
     """Return the model that --checkpoint names, or final of an earlier run, and its origin."""
     path = arguments.checkpoint or results.folder / f"{FINAL.name}.ckpt"
     if not path.exists() and not arguments.checkpoint:
-        raise UserError(f"{path}: not there; run training.py --recipe final first")
+        raise UserError(f"{path}: no such file; run training.py --recipe final first")
     model, metadata = load_checkpoint(path, arguments.pixel_range)
     cli.say(f"model: {path}, {describe_checkpoint(metadata)}\n")
     return model.to(device), {"file": path.name, **metadata}
@@ -395,7 +395,7 @@ def read_settings(path: Path) -> Recipe:
         kinds = (int,) if isinstance(low, int) else (int, float)
         if type(value) not in kinds or not low <= value <= high:
             raise UserError(
-                f"{path}: {cli.safe_repr(name)} is {cli.safe_repr(value)}, which it can't be"
+                f"{path}: {cli.safe_repr(name)} is {cli.safe_repr(value)}, which is not allowed"
             )
     return replace(TUNED, name="found", **settings)
 
@@ -412,7 +412,7 @@ def parse_arguments() -> argparse.Namespace:
         "--settings",
         type=Path,
         metavar="FILE",
-        help="train recipe `found`: tuned, with the settings found by tuning.py",
+        help="train the recipe `found`: tuned with the settings that tuning.py has found",
     )
     parser.add_argument(
         "--epochs", type=cli.positive_int, help="number of epochs, instead of the recipe's"
@@ -424,7 +424,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--show-mismatch",
         action="store_true",
-        help="evaluate one model in the right and in the wrong pixel range instead of training",
+        help="instead of training, evaluate one model in the right and in the wrong pixel range",
     )
     cli.add_checkpoint_option(parser, "final of an earlier run (for --show-mismatch only)")
     arguments = parser.parse_args()

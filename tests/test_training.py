@@ -361,13 +361,13 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(run_trainin
     before = Path("out/naive.ckpt").read_bytes()
     status, _, error = run_training("--recipe", "naive", "--epochs", 2, "--resume")
     assert status == 2
-    assert error.startswith("error: out/naive.ckpt: is of a run with another recipe; ")
+    assert error.startswith("error: out/naive.ckpt: comes from a run with another recipe; ")
     assert error.count("\n") == 1
     assert Path("out/naive.ckpt").read_bytes() == before
     torch.save({"model_state_dict": build_model().state_dict()}, "out/naive.ckpt")
     status, _, error = run_training("--recipe", "naive", "--epochs", 1, "--resume")
     assert status == 2
-    assert "is of a run with another recipe and seed and device and trained_on and dev" in error
+    assert "from a run with another recipe and seed and device and trained_on and dev" in error
 
 
 def test_finished_runs_are_not_resumed_with_other_dev_images(
@@ -380,7 +380,7 @@ def test_finished_runs_are_not_resumed_with_other_dev_images(
     options = ("--data", other, "--out", "out", "--recipe", "naive", "--epochs", 1, "--resume")
     status, _, error = run_script(training, *options)
     assert status == 2
-    assert "is of a run with another dev; " in error
+    assert "from a run with another dev; " in error
 
 
 def test_labels_are_filtered_once_and_a_resumed_run_keeps_them(
@@ -535,7 +535,7 @@ def by_hand(model, dev, wrong):
 def test_mismatch_evaluates_one_model_in_two_ranges(run_training, trained_model, dev):
     status, _, error = run_training("--show-mismatch")
     assert status == 2
-    assert "final.ckpt: not there; run training.py --recipe final first" in error
+    assert "final.ckpt: no such file; run training.py --recipe final first" in error
     metadata = {"recipe": asdict(NAIVE), "seed": 0, "trained_on": {"name": "tiny"}}
     save_checkpoint(Path("out/final.ckpt"), trained_model, metadata)
     status, printed, _ = run_training("--show-mismatch")
