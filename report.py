@@ -157,13 +157,13 @@ class Report:
 
     def origin_of(self, step: Step) -> dict[str, Any]:
         """Return everything that a step's results depend on."""
-        options = self.options_of(step)
-        inputs = [Path(option) for option in options if Path(option).is_file()]
+        named = [option for option in step.command.split() if "{" in option]
+        inputs = [Path(option.format_map(self.paths)) for option in named]
         code = [PROJECT / step.script, *PROJECT.glob("common/*.py"), *PROJECT.glob("models/*.ckpt")]
         return {
-            "options": options,
+            "options": self.options_of(step),
             "data": self.data,
-            "inputs": digest(inputs),
+            "inputs": digest([path for path in inputs if path.is_file()]),
             "code": digest(code),
             "versions": self.versions,
         }

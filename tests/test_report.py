@@ -369,6 +369,14 @@ def test_steps_use_one_data_set_and_no_path_of_the_home_folder(
     assert report.Report(report.parse_arguments(), Path("out")).data_option == option
 
 
+def test_many_seeds_are_not_taken_for_the_name_of_a_file(course_folder, monkeypatch):
+    seeds = ",".join(map(str, range(200)))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--data", str(course_folder), "--seed", seeds])
+    made = report.Report(report.parse_arguments(), Path("out"))
+    recipes = next(step for step in made.steps if step.name == "recipes")
+    assert seeds in made.origin_of(recipes)["options"]
+
+
 def test_own_corrections_take_the_place_of_the_automatic_ones(make_report, scripts, tmp_path):
     make_report()
     automatic = tmp_path / "out/steps/label-errors/label_corrections.csv"
