@@ -66,7 +66,7 @@ MAX_ZIP_SIZE = 2**28  # bytes
 MAX_PER_ZIP = 10  # checkpoints
 SUFFIXES = (".ckpt", ".pt", ".pth")
 MAX_NAME_LENGTH = 60  # in tables and figures
-MAX_UNREAD = 10  # names of files that are not read
+UNREAD_SHOWN = 10  # names of files that are not read
 
 
 # ---- checkpoints: in files, folders and zip files -----------------------------------------------
@@ -82,16 +82,20 @@ class Source:
 
 
 def find_sources(paths: Sequence[Path]) -> list[Source]:
-    """Return all checkpoints that the paths lead to; a path that leads to none counts as one.
+    """Return the checkpoints in files, folders and zip files; a path without any counts as one.
 
-    Files in a folder are named by their path in it; those with the same name by their full path.
+    A file in a folder is named by its path in that folder; files whose names would be the same are
+    named by their full paths.
     """
     names: dict[Path, str] = {}
     for path in paths:
-        inside = sorted(path.rglob("[!.]*")) if path.is_dir() else []
-        found = [file for file in inside if file.suffix.lower() in (*SUFFIXES, ".zip")]
-        names |= {file: file.relative_to(path).as_posix() for file in found} or {path: path.name}
-        _note_unread(path, sorted(set(inside) - set(found)))
+        inside = set(path.rglob("[!.]*")) if path.is_dir() else set()
+        files = sorted(file for file in inside if file.is_file())
+        found = [file for file in files if file.suffix.lower() in (*SUFFIXES, ".zip")]
+        default = {path: path.absolute().name}
+        names |= {file: file.relative_to(path).as_posix() for file in found} or default
+        nonempty = {folder for each in inside for folder in each.parents}
+        _note_unread(path, sorted(inside - nonempty - set(found)))
     same_name = Counter(names.values())
     sources = []
     for file, name in names.items():
@@ -103,13 +107,17 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
     return sources
 
 
-def _note_unread(folder: Path, others: list[Path]) -> None:
-    """Name what is in a folder of hand-ins and is no checkpoint: other files, empty folders."""
-    unread = [each for each in others if each.is_file() or not any(each.iterdir())]
+def _note_unread(folder: Path, unread: list[Path]) -> None:
+    """Name the files in a folder that are not read, and its empty folders."""
     if unread:
-        names = ", ".join(_one_line(str(each.relative_to(folder))) for each in unread[:MAX_UNREAD])
-        more = f" and {len(unread) - MAX_UNREAD} more" if len(unread) > MAX_UNREAD else ""
-        cli.say(f"note: not read, as no checkpoint or zip file: {names}{more}", error=True)
+        names = [_one_line(str(each.relative_to(folder))) for each in unread]
+        text = _enumerate(names, UNREAD_SHOWN)
+        cli.say(f"note: not read, neither a checkpoint nor a zip file: {text}", error=True)
+
+
+def _enumerate(names: Sequence[str], shown: int) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _one_line(name: str) -> str:
@@ -131,7 +139,7 @@ def _checkpoints_in_zip(path: Path) -> list[str]:
             names = dict.fromkeys(archive.namelist())
     except Exception:  # a broken or hostile file can fail in any way; read_source says so
         return [""]
-    found = [n for n in names if n.endswith(SUFFIXES) and n.rpartition("/")[2][0] != "."]
+    found = [n for n in names if n.lower().endswith(SUFFIXES) and n.rpartition("/")[2][0] != "."]
     found = [n for n in found if f"/{n}".endswith("/report/model.ckpt")] or found
     return found if 1 <= len(found) <= MAX_PER_ZIP else [""]
 
@@ -507,17 +515,15 @@ def describe_metrics(models: list[Evaluated], dataset: Dataset, rank_by: str) ->
         f"{always} {1 / len(CLASS_NAMES):.3f}",
         "g_mean": f"the weakest class: if it is never recognized, nothing else counts. {always} 0",
     }
-    texts = ["Which metric for the competition?"]
-    pairs, title = list(itertools.combinations(models, 2)), SCORE_TITLES[rank_by]
-    for score, name in SCORE_TITLES.items():
-        reward = f" rewards {rewards[score]}." if score in rewards else ":"
+    texts, chosen = ["Which metric for the competition?"], SCORE_TITLES[rank_by]
+    for score, reward in rewards.items():
         values = [_rounded(model, score) for model in models]
         first = [m.name for m, v in zip(models, values, strict=True) if v == max(values)]
-        names = ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
-        turned = sum(_rounded(worse, score) > _rounded(better, score) for better, worse in pairs)
-        text = f"- {name}{reward} First here: {names}"
+        text = f"- {SCORE_TITLES[score]} rewards {reward}. First here: {_enumerate(first, 3)}"
         if score != rank_by:
-            text += f"; {turned} of {len(pairs)} pairs in another order than by {title}"
+            pairs = list(itertools.combinations(values, 2))
+            swapped = sum(after > before for before, after in pairs)
+            text += f"; {swapped} of {len(pairs)} pairs in another order than by {chosen}"
         texts.append(text + ".")
     texts.append(
         "Our answer: G-mean, since no class matters more than another and none may be given up. "

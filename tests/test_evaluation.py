@@ -185,7 +185,7 @@ def hand_ins(dev_set) -> Path:
     packed = {"../../ann/report/model.ckpt": raw, "ann/models/other.ckpt": worse}
     write_zip(folder / "ann.zip", packed | {"__MACOSX/ann/._model.ckpt": b"x"})
     long_name = f"{'long/' * 50}b.ckpt"
-    write_zip(folder / "two.zip", {"a.ckpt": raw, long_name: worse})
+    write_zip(folder / "two.zip", {"a.PT": raw, long_name: worse})
 
     (folder / "text.ckpt").write_text("not a checkpoint")
     (folder / "cut.ckpt").write_bytes(raw[: len(raw) // 2])
@@ -199,7 +199,7 @@ def hand_ins(dev_set) -> Path:
     return folder
 
 
-GOOD = ["good.ckpt", "eve/good.ckpt", "ann.zip", "two.zip: a.ckpt"]
+GOOD = ["good.ckpt", "eve/good.ckpt", "ann.zip", "two.zip: a.PT"]
 WORSE = ["no_cat.ckpt", f"two.zip: {'long/' * 50}b.ckpt", "always_car.ckpt"]
 FAILED = {
     "text.ckpt": "not a file of torch.save",
@@ -312,8 +312,9 @@ def test_a_checkpoint_named_twice_counts_once():
 
 def test_hand_ins_keep_their_names_and_what_is_not_read_is_named(tmp_path, capsys):
     students = [f"{name} {'Maximilian ' * 6}_assignsubmission_file_" for name in ("Ann", "Eve")]
-    for folder in (*students, "late", "later"):
+    for folder in (*students, "late", "later.ckpt"):
         (tmp_path / folder).mkdir()
+    (tmp_path / "gone.ckpt").symlink_to("nowhere")
     for student in students:
         (tmp_path / student / "model.PT").touch()
     (tmp_path / "late" / "notes.txt").touch()
@@ -321,7 +322,7 @@ def test_hand_ins_keep_their_names_and_what_is_not_read_is_named(tmp_path, capsy
     assert names == [f"{student}/model.PT" for student in students]
     assert [evaluation._short(name)[:3] for name in names] == ["Ann", "Eve"]
     assert max(len(evaluation._short(name)) for name in names) <= evaluation.MAX_NAME_LENGTH
-    assert "zip file: late/notes.txt, later\n" in capsys.readouterr().err
+    assert "zip file: gone.ckpt, late/notes.txt, later.ckpt\n" in capsys.readouterr().err
     assert len({source.name for source in evaluation.find_sources([tmp_path, tmp_path])}) == 2
 
 
