@@ -33,6 +33,7 @@ from common.data import CLASS_NAMES, SPLITS, Dataset, describe, open_data, read_
 from common.metrics import SCORE_TITLES
 from common.model import (
     ASSUMED_RANGE,
+    Classifier,
     choose_device,
     describe_checkpoint,
     is_bare,
@@ -209,31 +210,43 @@ class Evaluated:
         return rows
 
 
-def evaluate(
-    source: Source, dataset: Dataset, arguments: argparse.Namespace, alone: bool = False
-) -> Evaluated:
-    """Return what one checkpoint predicts, and how good that is.
+def load(
+    source: Source, arguments: argparse.Namespace, alone: bool = True
+) -> tuple[Classifier, dict[str, Any], bool]:
+    """Return a checkpoint's model and metadata, and whether its pixel range had to be assumed.
 
-    --pixel-range is for bare checkpoints, which do not contain their pixel range. Without it, they
-    get the course's range, [-1, 1], and are also scored with [0, 1].
+    --pixel-range is for bare checkpoints, which do not contain their pixel range.
 
     Args:
         alone: refuse --pixel-range for a checkpoint that has its own, instead of ignoring it.
-
-    Raises:
-        UserError: it can't be loaded, or its logits are not finite.
     """
     file = io.BytesIO(read_source(source))
     bare = is_bare(file, source.name)
     pixel_range = arguments.pixel_range if bare or alone else None
     model, metadata = load_checkpoint(file, pixel_range, source.name)
-    model.to(choose_device(arguments.device))
-    logits = predict_logits(model, dataset.images)
+    return model.to(choose_device(arguments.device)), metadata, bare and not pixel_range
+
+
+def predict(source: Source, model: Classifier, images: Tensor) -> Tensor:
+    """Return the logits of images; refuse a model whose logits are not finite."""
+    logits = predict_logits(model, images)
     if not logits.isfinite().all():
         raise UserError(f"{source.name}: its logits are NaN or infinite")
+    return logits
+
+
+def evaluate(
+    source: Source, dataset: Dataset, arguments: argparse.Namespace, alone: bool = True
+) -> Evaluated:
+    """Return what one checkpoint predicts, and how good that is.
+
+    If its pixel range had to be assumed ([-1, 1], the course's), it is scored with [0, 1], too.
+    """
+    model, metadata, assumed = load(source, arguments, alone)
+    logits = predict(source, model, dataset.images)
     scores = metrics.evaluate(dataset.labels, logits.argmax(dim=1))
     found = Evaluated(source.name, metadata, logits, scores)
-    if bare and not arguments.pixel_range:
+    if assumed:
         other = predict_logits(with_pixel_range(model, (0.0, 1.0)), dataset.images).argmax(dim=1)
         compared = metrics.compare(dataset.labels, other, found.predicted)
         found.other_range = metrics.evaluate(dataset.labels, other) | {"comparison": compared}
@@ -243,7 +256,7 @@ def evaluate(
 def evaluate_one(source: Source, dataset: Dataset, arguments: argparse.Namespace) -> None:
     """Evaluate one checkpoint: table, figures, predictions."""
     results = Results(arguments, describe(dataset))
-    found = evaluate(source, dataset, arguments, alone=True)
+    found = evaluate(source, dataset, arguments)
     scores, probabilities = found.scores, found.logits.softmax(dim=1)
     scores["ece"] = metrics.expected_calibration_error(probabilities, dataset.labels)
     numbers = {"checkpoint": {"file": source.name, **found.metadata}, "split": dataset.split}
@@ -372,7 +385,7 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
     models, failed = [], []
     for source in tqdm(sources, "evaluating", disable=None, leave=False):
         try:
-            models.append(evaluate(source, dataset, arguments))
+            models.append(evaluate(source, dataset, arguments, alone=False))
         except UserError as error:
             reason = str(error).removeprefix(f"{source.name}: ")
             failed.append((source.name, " ".join(cli.clean(reason).split())))
@@ -573,13 +586,11 @@ def classify_files(arguments: argparse.Namespace) -> None:
     sources = find_sources(arguments.checkpoint or [BEST if BEST.is_file() else PRE_TRAINED])
     if len(sources) > 1:
         raise UserError("--image: goes with one checkpoint only")
-    file = io.BytesIO(read_source(sources[0]))
-    model, _ = load_checkpoint(file, arguments.pixel_range, sources[0].name)
-    if is_bare(file) and not arguments.pixel_range:
+    model, _, assumed = load(sources[0], arguments)
+    if assumed:
         cli.say(ASSUMED_RANGE)
     names, images = read_images(arguments.image)
-    model.to(choose_device(arguments.device))
-    probabilities = predict_logits(model, images).softmax(dim=1)
+    probabilities = predict(sources[0], model, images).softmax(dim=1)
     predicted = probabilities.argmax(dim=1)
     shown = images[:IMAGES_SHOWN]
     maps = saliency(model, to_float(shown), predicted[:IMAGES_SHOWN])

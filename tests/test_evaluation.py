@@ -63,6 +63,15 @@ def brightest_channel(bias=(0, 0, 0), pixel_range=(-1.0, 1.0)):
     return model.eval()
 
 
+def infinite_logits():
+    """Return a CourseNet whose weights are finite, but not its logits."""
+    model = brightest_channel()
+    with torch.no_grad():
+        model.fc2.weight *= 1e30
+        model.fc3.weight *= 1e30
+    return model
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -174,11 +183,7 @@ def hand_ins(dev_set) -> Path:
     save_checkpoint(folder / "nearly.ckpt", brightest_channel((0, 0, -4)), {})  # loses one cat
     save_checkpoint(folder / "no_cat.ckpt", brightest_channel((0, 0, -99)), {})
     save_checkpoint(folder / "always_car.ckpt", brightest_channel((99, 0, 0)), {})
-    infinite = brightest_channel()  # its weights are finite, its logits are not
-    with torch.no_grad():
-        infinite.fc2.weight *= 1e30
-        infinite.fc3.weight *= 1e30
-    save_checkpoint(folder / "infinite.ckpt", infinite, {})
+    save_checkpoint(folder / "infinite.ckpt", infinite_logits(), {})
 
     raw = (folder / "good.ckpt").read_bytes()
     worse = (folder / "no_cat.ckpt").read_bytes()
@@ -362,6 +367,14 @@ def test_no_readable_image_ends_with_status_2(run_script):
     status, _, error = run_script(evaluation, *options)
     assert status == 2
     assert "none of the files" in error
+
+
+def test_no_probabilities_of_nan_are_shown(run_script):
+    save_checkpoint(Path("infinite.ckpt"), infinite_logits(), {})
+    Image.new("RGB", (40, 40), "green").save("green.png")
+    options = ("--checkpoint", "infinite.ckpt", "--out", "out", "--image", "green.png")
+    status, _, error = run_script(evaluation, *options)
+    assert (status, error) == (2, "error: infinite.ckpt: its logits are NaN or infinite\n")
 
 
 def test_the_pixel_range_taken_for_a_bare_checkpoint_is_said(run_script):
