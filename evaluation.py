@@ -20,7 +20,7 @@ import itertools
 import re
 import textwrap
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ UNREAD_SHOWN = 10  # names of files that are not read
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint is: a file, or a member of a zip file."""
+    """Where a checkpoint is: in a file, or in a member of a zip file."""
 
     name: str
     path: Path
@@ -132,7 +132,7 @@ def _short(name: str) -> str:
 
 
 def _checkpoints_in_zip(path: Path) -> list[str]:
-    """Return the checkpoint that report.py packed, or else all of them; [""] for none."""
+    """Return the checkpoint that report.py packed, or else all of them; [""] if that is no use."""
     try:
         if path.stat().st_size > MAX_ZIP_SIZE:
             return [""]
@@ -152,10 +152,10 @@ def read_source(source: Source) -> bytes:
         UserError: there is no checkpoint, or it is too large.
     """
     name, path = source.name, source.path
+    if path.is_dir():
+        raise UserError(f"{name}: a folder without {', '.join(SUFFIXES)} and .zip files")
     if not path.is_file():
-        kinds = ", ".join(SUFFIXES)
-        kind = f"a folder without {kinds} and .zip files" if path.is_dir() else "no such file"
-        raise UserError(f"{name}: {kind}")
+        raise UserError(f"{name}: no such file")
     if path.suffix.lower() == ".zip" and not source.member:
         if path.stat().st_size > MAX_ZIP_SIZE or not zipfile.is_zipfile(path):
             raise UserError(f"{name}: broken, too large, or not a zip file")
@@ -343,9 +343,8 @@ def draw_errors(dataset: Dataset, probabilities: Tensor) -> Figure:
         f"{CLASS_NAMES[dataset.labels[i]]} -> {CLASS_NAMES[predicted[i]]}\n{confidence[i]:.0%}"
         for i in worst
     ]
-    title = (
-        f"The {len(worst)} most confident of {len(wrong)} errors (label -> prediction, confidence)"
-    )
+    title = f"The {len(worst)} most confident of {len(wrong)} errors"
+    title += " (label -> prediction, confidence)"
     return plots.image_grid(title, dataset.images[worst], captions)
 
 
@@ -388,7 +387,7 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
             models.append(evaluate(source, dataset, arguments, alone=False))
         except UserError as error:
             reason = str(error).removeprefix(f"{source.name}: ")
-            failed.append((source.name, " ".join(cli.clean(reason).split())))
+            failed.append((source.name, _one_line(reason)))
     if not models:
         name, reason = failed[0]
         raise UserError(f"--checkpoint: none of {len(sources)} can be evaluated; {name}: {reason}")
@@ -404,11 +403,10 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
 
 def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evaluated]:
     """Return the models from best to worst, each compared with the best; ties share a rank."""
-    models = sorted(models, key=lambda model: -_rounded(model, rank_by))
-    values = [_rounded(model, rank_by) for model in models]
+    models = sorted(models, key=lambda model: _rounded(model, rank_by), reverse=True)
+    values, best = [_rounded(model, rank_by) for model in models], models[0].predicted
     for model, value in zip(models, values, strict=True):
         model.rank = 1 + values.index(value)
-        best = models[0].predicted
         model.to_best = metrics.compare(dataset.labels, model.predicted, best, rank_by)
     return models
 
@@ -461,19 +459,22 @@ def format_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_
 
     `to_best` is the difference from the best model in the score that is ranked by.
     """
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    columns = [f"{key}{end}" for key in [*TITLES, "to_best"] for end in ("", "_low", "_high")]
-    last = ["ranked_by", "tied_with_best", "g_mean_if_fed_0_to_1", "not_evaluated"]
-    writer.writerow(["name", "rank", *columns, *last])
+    rows = []
     for model in models:
-        values = [*model.table().values(), [model.to_best["difference"]], model.to_best["interval"]]
-        numbers = [f"{value:.4f}" for value in itertools.chain(*values)]
-        tied = "yes" if _is_tied(model) else "no"
-        other = f"{model.other_range['g_mean']:.4f}" if model.other_range else ""
-        writer.writerow([_cell(model.name), model.rank, *numbers, rank_by, tied, other, ""])
-    for name, reason in failed:
-        writer.writerow([_cell(name), *[""] * (len(columns) + 4), reason])
+        row = {"name": _cell(model.name), "rank": model.rank}
+        best = (model.to_best["difference"], *model.to_best["interval"])
+        for key, (value, low, high) in (model.table() | {"to_best": best}).items():
+            row[key] = f"{value:.4f}"
+            row |= {f"{key}_low": f"{low:.4f}", f"{key}_high": f"{high:.4f}"}
+        row |= {"ranked_by": rank_by, "tied_with_best": "yes" if _is_tied(model) else "no"}
+        other = model.other_range
+        row["g_mean_if_fed_0_to_1"] = f"{other['g_mean']:.4f}" if other else ""
+        rows.append(row)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*rows[0], "not_evaluated"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    writer.writerows({"name": _cell(name), "not_evaluated": reason} for name, reason in failed)
     return file.getvalue()
 
 
@@ -501,21 +502,19 @@ def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_b
 
 
 def describe_ties(models: list[Evaluated]) -> list[str]:
-    """Say which models may be as good as the best, and which predict the same."""
-    best, *rest = models
-    tied = ", ".join(model.name for model in rest if _is_tied(model)) or "none"
-    texts = [
-        f"Cannot be told apart from {best.name} (the interval of the paired difference holds 0): "
-        f"{tied}."
-    ]
-    same: dict[bytes, list[str]] = {}
+    """Say which models may be as good as the best, predict the same, or need --pixel-range 0,1."""
+    best, *others = models
+    tied = ", ".join(_short(model.name) for model in others if _is_tied(model)) or "none"
+    reason = "the interval of the paired difference contains 0"
+    texts = [f"Cannot be told apart from {_short(best.name)} ({reason}): {tied}."]
+    same = defaultdict(list)
     for model in models:
-        same.setdefault(model.predicted.numpy().tobytes(), []).append(model.name)
+        same[model.predicted.numpy().tobytes()].append(_short(model.name))
     texts += [f"Same predictions: {', '.join(names)}." for names in same.values() if len(names) > 1]
-    bare = [model for model in models if model.other_range]
-    return texts + [
-        describe_pixel_range(m) for m in bare if m.other_range["comparison"]["interval"][0] > 0
-    ]
+    for model in models:
+        if model.other_range and model.other_range["comparison"]["interval"][0] > 0:
+            texts.append(describe_pixel_range(model))
+    return texts
 
 
 def describe_metrics(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[str]:
@@ -547,30 +546,26 @@ def describe_metrics(models: list[Evaluated], dataset: Dataset, rank_by: str) ->
 
 def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
     """Return dots with 95% intervals: the three scores on the left, the recalls on the right."""
-    figure, axes = plots.new_figure(columns=2, width=10, height=1.6 + 0.45 * len(models))
+    figure, (left, right) = plots.new_figure(columns=2, width=10, height=1.6 + 0.45 * len(models))
     recalls = [f"recall_{name}" for name in CLASS_NAMES]
-    tables = [model.table() for model in models]
-    y = np.arange(len(models))
-    for ax, keys, colors in zip(
-        axes, (SCORE_TITLES, recalls), (plots.PALETTE[3:], plots.CLASS_COLORS), strict=True
-    ):
-        for number, key in enumerate(keys):
+    tables, y = [model.table() for model in models], np.arange(len(models))
+    panels = ((left, SCORE_TITLES, plots.PALETTE[3:]), (right, recalls, plots.CLASS_COLORS))
+    for ax, keys, colors in panels:
+        offsets = np.linspace(-0.2, 0.2, len(keys))
+        for key, offset, color, marker in zip(keys, offsets, colors, plots.MARKERS, strict=False):
             x, low, high = np.array([table[key] for table in tables]).T
-            settings = {"fmt": plots.MARKERS[number], "color": colors[number % len(colors)]}
-            settings |= {"label": TITLES[key], "markersize": 5, "capsize": 2}
-            height = y + 0.6 * ((number + 0.5) / len(keys) - 0.5)
-            ax.errorbar(x, height, xerr=(x - low, high - x), **settings)
+            settings = {"fmt": marker, "color": color, "label": TITLES[key]}
+            settings |= {"markersize": 5, "capsize": 2}
+            ax.errorbar(x, y + offset, xerr=(x - low, high - x), **settings)
+        for place in y[[_is_tied(model) for model in models]]:
+            ax.axhspan(place - 0.5, place + 0.5, color="0.93", lw=0)
         ax.set(xlim=(-0.02, 1.02), ylim=(len(models) - 0.5, -0.5), xlabel="score, 95% interval")
         ax.set_yticks(y, [""] * len(models))
         ax.grid(axis="x", alpha=0.3)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, frameon=False)
-        for row in (row for row in y if _is_tied(models[row])):
-            ax.axhspan(row - 0.5, row + 0.5, color="0.93", lw=0)
+    left.set_yticks(y, [plots.literal(f"{model.rank}. {_short(model.name)}") for model in models])
     title = f"Ranked by {SCORE_TITLES[rank_by]}; shaded: cannot be told apart from the best"
     figure.suptitle(title, fontsize=10)
-    axes[0].set_yticks(
-        y, [plots.literal(f"{model.rank}. {_short(model.name)}") for model in models]
-    )
     return figure
 
 
@@ -583,17 +578,19 @@ def classify_files(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: no image can be read.
     """
-    sources = find_sources(arguments.checkpoint or [BEST if BEST.is_file() else PRE_TRAINED])
-    if len(sources) > 1:
+    source, *others = find_sources(
+        arguments.checkpoint or [BEST if BEST.is_file() else PRE_TRAINED]
+    )
+    if others:
         raise UserError("--image: goes with one checkpoint only")
-    model, _, assumed = load(sources[0], arguments)
+    model, _, assumed = load(source, arguments)
     if assumed:
         cli.say(ASSUMED_RANGE)
     names, images = read_images(arguments.image)
-    probabilities = predict(sources[0], model, images).softmax(dim=1)
+    probabilities = predict(source, model, images).softmax(dim=1)
     predicted = probabilities.argmax(dim=1)
-    shown = images[:IMAGES_SHOWN]
-    maps = saliency(model, to_float(shown), predicted[:IMAGES_SHOWN])
+    shown = slice(IMAGES_SHOWN)
+    maps = saliency(model, to_float(images[shown]), predicted[shown])
 
     fingerprint = Dataset("images", "files", images, predicted).fingerprint
     data = {"name": "images", "splits": {"files": {"fingerprint": fingerprint}}}
@@ -602,9 +599,9 @@ def classify_files(arguments: argparse.Namespace) -> None:
         {"file": name, "predicted": CLASS_NAMES[y], **dict(zip(CLASS_NAMES, p, strict=True))}
         for name, y, p in zip(names, predicted, probabilities.tolist(), strict=True)
     ]
-    results.save_json("images", {"checkpoint": sources[0].name, "images": found})
-    results.save_figure("images", draw_images(found[:IMAGES_SHOWN], shown, maps))
-    cli.say(f"{sources[0].name} predicts:\n")
+    results.save_json("images", {"checkpoint": source.name, "images": found})
+    results.save_figure("images", draw_images(found[shown], images[shown], maps))
+    cli.say(f"{source.name} predicts:\n")
     rows = [
         [each["file"], each["predicted"], *(f"{each[name]:.3f}" for name in CLASS_NAMES)]
         for each in found
@@ -650,11 +647,11 @@ def draw_images(found: list[dict[str, Any]], images: Tensor, maps: Tensor) -> Fi
 def main() -> None:
     """Evaluate one checkpoint, rank several, or classify image files."""
     parser = cli.make_parser(__doc__)
-    default = "models/pre_trained.ckpt; several, folders and zip files are ranked"
+    default = "models/pre_trained.ckpt; several, also in folders and zip files, are ranked"
     cli.add_checkpoint_option(parser, default, several=True)
     parser.add_argument("--split", choices=SPLITS, default="dev", help="the split to evaluate on")
     parser.add_argument(
-        "--rank-by", choices=tuple(SCORE_TITLES), default="g_mean", help="score of the ranking"
+        "--rank-by", choices=tuple(SCORE_TITLES), default="g_mean", help="the score to rank by"
     )
     parser.add_argument(
         "--image",
