@@ -578,9 +578,7 @@ def classify_files(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: no image can be read.
     """
-    source, *others = find_sources(
-        arguments.checkpoint or [BEST if BEST.is_file() else PRE_TRAINED]
-    )
+    source, *others = find_sources(arguments.checkpoint or [BEST])
     if others:
         raise UserError("--image: goes with one checkpoint only")
     model, _, assumed = load(source, arguments)
