@@ -375,11 +375,7 @@ def draw_calibration(dataset: Dataset, probabilities: Tensor) -> Figure:
 
 
 def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namespace) -> None:
-    """Rank checkpoints on the same images; those that can't be evaluated are listed below.
-
-    Raises:
-        UserError: none can be evaluated.
-    """
+    """Rank checkpoints on the same images; those that can't be evaluated are listed below them."""
     results = Results(arguments, describe(dataset))
     models, failed = [], []
     for source in tqdm(sources, "evaluating", disable=None, leave=False):
@@ -573,11 +569,7 @@ def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
 
 
 def classify_files(arguments: argparse.Namespace) -> None:
-    """Classify image files of any size; show the model's input and a saliency map.
-
-    Raises:
-        UserError: no image can be read.
-    """
+    """Classify image files of any size; show the model's input and a saliency map."""
     source, *others = find_sources(arguments.checkpoint or [BEST])
     if others:
         raise UserError("--image: goes with one checkpoint only")
