@@ -13,7 +13,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import chain, cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,6 @@ class Attacked:
     noise: Tensor | None = None
 
     @property
-    def key(self) -> str:
-        """The epsilon as files, tables and figures show it."""
-        return f"{self.epsilon:g}"
-
-    @property
     def predicted(self) -> Tensor:
         """The predicted classes, [runs, N]."""
         return self.logits.argmax(dim=2)
@@ -104,12 +99,12 @@ class Attacked:
 
 @dataclass
 class Target:
-    """A model, its logits for the clean images, [N, C], and all attacks on it."""
+    """A model, its logits for the clean images, [N, C], and the attacks on it, by epsilon."""
 
     model: Classifier
     metadata: dict[str, Any]
     logits: Tensor
-    attacks: dict[str, list[Attacked]]
+    attacks: dict[str, dict[str, Attacked]]
 
     @property
     def predicted(self) -> Tensor:
@@ -128,21 +123,22 @@ def attack_all(
     seed: int,
     quick: bool = False,
     to_next_label: bool = True,
-) -> dict[str, list[Attacked]]:
-    """Run all attacks on the dev images; return their results, epsilon by epsilon.
+) -> dict[str, dict[str, Attacked]]:
+    """Run all attacks on the dev images; return their results by attack and epsilon.
 
     Args:
         training_set: to fit universal perturbations on; None leaves them out.
         epsilons: in ascending order.
         to_next_label: also fit the report's kind of universal perturbation.
     """
-    found: dict[str, list[Attacked]] = {name: [] for name in ATTACKS}
+    found: dict[str, dict[str, Attacked]] = {name: {} for name in ATTACKS}
     clean = after_pgd = to_float(dev.images)
     pgd_steps, fit_steps, runs = (2, 10, 1) if quick else (PGD_STEPS, UNIVERSAL_STEPS, RUNS)
     seeds = range(seed, seed + runs)
     fit = partial(universal_perturbation, model, training_set, steps=fit_steps)
-    left = predict_logits(model, clean).argmax(dim=1) == dev.labels
+    correct = predict_logits(model, clean).argmax(dim=1) == dev.labels
     for epsilon in tqdm(epsilons, desc="epsilons", disable=None):
+        key = f"{epsilon:g}"
         torch.manual_seed(seed)
         noise = {"random_noise": [random_noise(epsilon) for _ in seeds]}
         if training_set:
@@ -152,19 +148,19 @@ def attack_all(
         for name, draws in noise.items():
             images = [(clean + each).clamp(0, 1) for each in draws]
             logits = torch.stack([predict_logits(model, each) for each in images])
-            found[name].append(Attacked(epsilon, images[0], logits, torch.stack(draws)))
+            found[name][key] = Attacked(epsilon, images[0], logits, torch.stack(draws))
 
         images = in_batches(fgsm, model, clean, dev.labels, epsilon=epsilon)
-        found["fgsm"].append(Attacked(epsilon, images, predict_logits(model, images)[None]))
-        # What PGD with a smaller epsilon has fooled stays fooled: the images left are attacked.
+        found["fgsm"][key] = Attacked(epsilon, images, predict_logits(model, images)[None])
+        # An image that PGD fooled with a smaller epsilon stays fooled; it attacks the others.
         after_pgd = after_pgd.clone()
-        after_pgd[left] = in_batches(
-            pgd, model, clean[left], dev.labels[left], epsilon=epsilon, steps=pgd_steps
+        after_pgd[correct] = in_batches(
+            pgd, model, clean[correct], dev.labels[correct], epsilon=epsilon, steps=pgd_steps
         )
         logits = predict_logits(model, after_pgd)
-        found["pgd"].append(Attacked(epsilon, after_pgd, logits[None]))
-        left = logits.argmax(dim=1) == dev.labels
-    return {name: attacked for name, attacked in found.items() if attacked}
+        found["pgd"][key] = Attacked(epsilon, after_pgd, logits[None])
+        correct = logits.argmax(dim=1) == dev.labels
+    return {name: by_epsilon for name, by_epsilon in found.items() if by_epsilon}
 
 
 def choose_images(dataset: Dataset, count: int, seed: int) -> Dataset:
@@ -203,7 +199,7 @@ def expected_seconds(model: Classifier, dev: Dataset, epsilons: int) -> float:
 def summarize(target: Target, labels: Tensor) -> dict[str, Any]:
     """Return a model's entry in the JSON file: its scores, clean and under each attack."""
     by_attack = {
-        name: {each.key: summarize_attack(labels, target.predicted, each) for each in found}
+        name: {key: summarize_attack(labels, target.predicted, each) for key, each in found.items()}
         for name, found in target.attacks.items()
     }
     clean = metrics.evaluate(labels, target.predicted)
@@ -234,21 +230,21 @@ def summarize_run(labels: Tensor, before: Tensor, after: Tensor) -> dict[str, An
     correct = before == labels
     fooled, total = int((after != labels)[correct].sum()), int(correct.sum())
     scores = metrics.evaluate(labels, after)
-    scores["success_rate"] = fooled / total if total else None
-    interval = list(metrics.wilson_interval(fooled, total)) if total else None
-    scores["interval"]["success_rate"] = interval
+    scores["success_rate"] = scores["interval"]["success_rate"] = None
+    if total:
+        scores["success_rate"] = fooled / total
+        scores["interval"]["success_rate"] = list(metrics.wilson_interval(fooled, total))
     return scores
 
 
 def compare(robust: Target, plain: Target, labels: Tensor) -> dict[str, Any]:
     """Compare the robust model with the plain one under each attack, on the same images."""
-    return {
-        name: {
-            ours.key: metrics.compare(labels, ours.predicted, theirs.predicted, "balanced_accuracy")
-            for ours, theirs in zip(found, plain.attacks[name], strict=True)
-        }
-        for name, found in robust.attacks.items()
-    }
+    comparison = {name: {} for name in robust.attacks}
+    for name, found in robust.attacks.items():
+        for key, ours in found.items():
+            pair = ours.predicted, plain.attacks[name][key].predicted
+            comparison[name][key] = metrics.compare(labels, *pair, "balanced_accuracy")
+    return comparison
 
 
 def print_summaries(numbers: dict[str, Any]) -> None:
@@ -291,16 +287,13 @@ def _cells(scores: dict[str, Any]) -> list[str]:
 def draw_fgsm(dataset: Dataset, target: Target) -> Figure:
     """Return figure 4: clean images, their perturbations, attacked images for two epsilons."""
     shown = choose_epsilons(target.attacks["fgsm"])
-    examples = choose_examples(dataset.labels, target.predicted, shown[0].predicted[0])
-    noise = (shown[0].images - to_float(dataset.images))[examples]
-    rows: dict[str, list[Cell]] = {
-        "clean": show_clean(dataset, examples),
-        f"perturbation,\n{describe_scale(shown[0])}": [
-            (each, "") for each in rescale(noise, shown[0].epsilon)
-        ],
-    }
-    for attacked in shown:
-        rows[f"epsilon {attacked.key}"] = show_attacked(target, attacked, examples)
+    first = next(iter(shown.values()))
+    examples = choose_examples(dataset.labels, target.predicted, first.predicted[0])
+    noise = rescale((first.images - to_float(dataset.images))[examples], first.epsilon)
+    rows = {"clean": show_clean(dataset, examples)}
+    rows[f"perturbation,\n{describe_scale(first)}"] = [(each, "") for each in noise]
+    for epsilon, attacked in shown.items():
+        rows[f"epsilon {epsilon}"] = show_attacked(target, attacked, examples)
     title = "FGSM: each image has its own perturbation. Predictions before -> after"
     return draw_rows(title, rows, bool(examples))
 
@@ -308,56 +301,58 @@ def draw_fgsm(dataset: Dataset, target: Target) -> Figure:
 def draw_universal(dataset: Dataset, target: Target) -> Figure:
     """Return figure 5: the one perturbation for two epsilons, and images with it added."""
     shown = choose_epsilons(target.attacks["universal"])
-    examples = choose_examples(dataset.labels, target.predicted, shown[0].predicted[0])
-    rows: dict[str, list[Cell]] = {"clean": [None, *show_clean(dataset, examples)]}
-    for attacked in shown:
-        caption = f"perturbation,\n{describe_scale(attacked)}"
-        cells = [(rescale(attacked.noise[0], attacked.epsilon), caption)]
-        rows[f"epsilon {attacked.key}"] = cells + show_attacked(target, attacked, examples)
+    first = next(iter(shown.values()))
+    examples = choose_examples(dataset.labels, target.predicted, first.predicted[0])
+    rows = {"clean": [None, *show_clean(dataset, examples)]}
+    for epsilon, attacked in shown.items():
+        noise = rescale(attacked.noise[0], attacked.epsilon)
+        cell = (noise, f"perturbation,\n{describe_scale(attacked)}")
+        rows[f"epsilon {epsilon}"] = [cell, *show_attacked(target, attacked, examples)]
     title = "One universal perturbation for all images (first seed). Predictions before -> after"
     return draw_rows(title, rows, bool(examples))
 
 
 def draw_perturbations(target: Target) -> Figure:
     """Return a figure of the noise that is the same for all images, a column for each epsilon."""
-    rows = {
-        textwrap.fill(ATTACKS[name], 14): [
-            (rescale(each.noise[0], each.epsilon), f"{each.key}, {describe_scale(each)}")
-            for each in found
+    rows = {}
+    for name, found in target.attacks.items():
+        cells = [
+            (rescale(each.noise[0], each.epsilon), f"{epsilon}, {describe_scale(each)}")
+            for epsilon, each in found.items()
+            if each.noise is not None
         ]
-        for name, found in target.attacks.items()
-        if found[0].noise is not None
-    }
+        if cells:
+            rows[textwrap.fill(ATTACKS[name], 14)] = cells
     return draw_rows("Noise that is the same for all images, by epsilon (first seed)", rows)
 
 
 def draw_saliency(dataset: Dataset, targets: dict[str, Target]) -> Figure:
     """Return a figure of each model's saliency maps before and after FGSM."""
     plain = targets["plain"]
-    shown = choose_epsilons(plain.attacks["fgsm"])[0]
-    place = plain.attacks["fgsm"].index(shown)
+    epsilon, shown = next(iter(choose_epsilons(plain.attacks["fgsm"]).items()))
     examples = choose_examples(dataset.labels, plain.predicted, shown.predicted[0])
-    rows: dict[str, list[Cell]] = {}
+    rows = {}
     for index in examples[:SALIENCY_EXAMPLES]:
         clean, label = to_float(dataset.images[index]), int(dataset.labels[index])
-        cells: list[Cell] = [(clean, "clean")]
+        cells = [(clean, "clean")]
         for name, target in targets.items():
-            attacked = target.attacks["fgsm"][place]
+            attacked = target.attacks["fgsm"][epsilon]
             images = torch.stack([clean, attacked.images[index]])
             before, after = saliency(target.model, images, torch.tensor([label, label]))
             cells.append((before, f"{name}, clean:\nmaximum {before.max():.2g}"))
             cells += show_attacked(target, attacked, [index])
             cells.append((after, f"{name}, attacked:\nmaximum {after.max():.2g}"))
         rows[f"image {index}: {CLASS_NAMES[label]}"] = cells
-    title = "how much the loss changes with each pixel. Each map is scaled to its own maximum"
-    title = f"Saliency before and after FGSM of {shown.key}: {title}"
-    return draw_rows(title, rows, bool(examples))
+    title = (
+        f"Saliency before and after FGSM of {epsilon}: how much the loss changes with each pixel"
+    )
+    return draw_rows(f"{title}. Each map is scaled to its own maximum", rows, bool(examples))
 
 
-def choose_epsilons(found: list[Attacked]) -> list[Attacked]:
+def choose_epsilons(found: dict[str, Attacked]) -> dict[str, Attacked]:
     """Return the attacks with the report's two epsilons, or else with the largest two."""
-    of_report = [each for each in found if each.epsilon in REPORT_EPSILONS]
-    return of_report if len(of_report) == 2 else found[-2:]
+    of_report = {key: each for key, each in found.items() if each.epsilon in REPORT_EPSILONS}
+    return of_report if len(of_report) == 2 else dict(list(found.items())[-2:])
 
 
 def choose_examples(labels: Tensor, before: Tensor, after: Tensor) -> list[int]:
@@ -378,7 +373,7 @@ def show_clean(dataset: Dataset, examples: list[int]) -> list[Cell]:
 
 def show_attacked(target: Target, attacked: Attacked, examples: list[int]) -> list[Cell]:
     """Return attacked images, each with prediction and confidence before -> after."""
-    cells: list[Cell] = []
+    cells = []
     for index in examples:
         before, after = (
             logits[index].softmax(dim=0) for logits in (target.logits, attacked.logits[0])
@@ -430,24 +425,20 @@ def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
     figure, axes = plots.new_figure(
         len(summaries), len(SCORE_TITLES), width=12, height=3.4 * len(summaries) + 0.8
     )
+    styles = zip(cycle(plots.PALETTE), cycle(plots.MARKERS), cycle(plots.LINE_STYLES), strict=False)
+    looks = dict(zip(ATTACKS, styles, strict=False))
     panels = [(name, score) for name in summaries for score in SCORE_TITLES]
     for ax, (name, score) in zip(axes, panels, strict=True):
         clean = summaries[name]["clean"]
         for attack, by_epsilon in summaries[name]["attacks"].items():
-            place = list(ATTACKS).index(attack)
             points = [clean, *by_epsilon.values()]
             epsilons = [0.0, *map(float, by_epsilon)]
+            values = [point[score] for point in points]
             low, high = zip(*(point["interval"][score] for point in points), strict=True)
-            ax.plot(
-                epsilons,
-                [point[score] for point in points],
-                color=plots.PALETTE[place % len(plots.PALETTE)],
-                marker=plots.MARKERS[place % len(plots.MARKERS)],
-                ls=plots.LINE_STYLES[place % len(plots.LINE_STYLES)],
-                ms=4,
-                label=ATTACKS[attack],
-            )
-            ax.fill_between(epsilons, low, high, color=ax.lines[-1].get_color(), alpha=0.12, lw=0)
+            color, marker, style = looks[attack]
+            settings = {"color": color, "marker": marker, "ls": style, "ms": 4}
+            ax.plot(epsilons, values, label=ATTACKS[attack], **settings)
+            ax.fill_between(epsilons, low, high, color=color, alpha=0.12, lw=0)
         ax.set(title=f"{name} model: {SCORE_TITLES[score]}", ylim=(-0.02, 1.02))
         ax.set_xlabel("epsilon, fraction of full brightness")
         ax.grid(alpha=0.3)
@@ -461,11 +452,7 @@ def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
 def find_plain(
     arguments: argparse.Namespace, results: Results, training_set: Dataset | None
 ) -> Path:
-    """Return the checkpoint to attack: the one named, or the report's final model, trained here.
-
-    Raises:
-        UserError: none is named, and there is no training set, or a final model of other data.
-    """
+    """Return the checkpoint to attack: the one named, or the report's final model, trained here."""
     if arguments.checkpoint:
         return arguments.checkpoint
     if training_set is None:
@@ -505,8 +492,8 @@ def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifie
     """Return a checkpoint's model and metadata; the pixel range applies to bare ones only."""
     bare = is_bare(path)
     model, metadata = load_checkpoint(path, pixel_range if bare else None)
-    note = f"; {ASSUMED_RANGE}"
-    cli.say(f"{path}: {describe_checkpoint(metadata)}{note if bare and not pixel_range else ''}")
+    note = f"; {ASSUMED_RANGE}" if bare and not pixel_range else ""
+    cli.say(f"{path}: {describe_checkpoint(metadata)}{note}")
     return model, {"file": path.name, **metadata}
 
 
@@ -531,7 +518,7 @@ def save_images(results: Results, dev: Dataset, targets: dict[str, Target]) -> N
     for name, target in targets.items():
         arrays = {"clean": to_float(dev.images).numpy(), "labels": dev.labels.numpy()}
         for attack, found in target.attacks.items():
-            arrays |= {f"{attack} {each.key}": each.images.numpy() for each in found}
+            arrays |= {f"{attack} {key}": each.images.numpy() for key, each in found.items()}
         results.save(f"attacked-{name}.npz", partial(np.savez, **arrays))
 
 
@@ -582,12 +569,11 @@ def main() -> None:
     dev = data.load("dev", arguments.quick)
     training_set = data.load("train", arguments.quick) if data.has("train") else None
     results = Results(arguments, describe(training_set, dev))
-    paths = {
-        "plain": find_plain(arguments, results, training_set),
-        "robust": find_robust(arguments, results, training_set, dev),
-    }
-    loaded = {name: load(path, arguments.pixel_range) for name, path in paths.items() if path}
-    if arguments.pixel_range and not any(is_bare(path) for path in paths.values() if path):
+    paths = {"plain": find_plain(arguments, results, training_set)}
+    if robust := find_robust(arguments, results, training_set, dev):
+        paths["robust"] = robust
+    loaded = {name: load(path, arguments.pixel_range) for name, path in paths.items()}
+    if arguments.pixel_range and not any(map(is_bare, paths.values())):
         raise UserError("--pixel-range: each of these checkpoints has its own; omit the option")
     if training_set is None:
         cli.say("no training set to fit universal perturbations on: they are left out")

@@ -80,8 +80,8 @@ def test_several_runs_are_given_by_mean_and_standard_deviation():
 
 
 def test_models_are_compared_on_the_same_images():
-    robust = Target(None, {}, None, {"fgsm": [predicting([0, 0, 0, 0, 1, 1, 2, 2])]})
-    plain = Target(None, {}, None, {"fgsm": [predicting([0, 0, 1, 1, 1, 0, 2, 0])]})
+    robust = Target(None, {}, None, {"fgsm": {"0.1": predicting([0, 0, 0, 0, 1, 1, 2, 2])}})
+    plain = Target(None, {}, None, {"fgsm": {"0.1": predicting([0, 0, 1, 1, 1, 0, 2, 0])}})
     comparison = adversarial.compare(robust, plain, LABELS)["fgsm"]["0.1"]
     assert comparison["difference"] == pytest.approx(0.5)
 
@@ -95,14 +95,16 @@ def test_attacks_keep_to_their_epsilon_and_pgd_gets_stronger_with_it(model, trai
     assert set(attacks) == set(ATTACKS)
     clean = to_float(dev.images)
     for found in attacks.values():
-        for attacked, epsilon in zip(found, epsilons, strict=True):
+        assert [attacked.epsilon for attacked in found.values()] == epsilons
+        for key, attacked in found.items():
+            epsilon = float(key)
             assert attacked.epsilon == epsilon
             assert (attacked.images - clean).abs().max() <= epsilon + 1e-6
             assert attacked.images.min() >= 0
             assert attacked.images.max() <= 1
             predicted = predict_logits(model, attacked.images).argmax(dim=1)
             assert torch.equal(attacked.predicted[0], predicted)
-    correct = [attacked.predicted[0] == dev.labels for attacked in attacks["pgd"]]
+    correct = [attacked.predicted[0] == dev.labels for attacked in attacks["pgd"].values()]
     for smaller, larger in zip(correct, correct[1:], strict=False):
         assert not (larger & ~smaller).any()
 
@@ -139,10 +141,10 @@ def test_examples_are_fooled_images_with_the_classes_in_turn():
 
 def test_report_epsilons_are_shown_if_they_are_there():
     def attacks(*epsilons):
-        return [replace(predicting([0]), epsilon=epsilon) for epsilon in epsilons]
+        return {f"{each:g}": replace(predicting([0]), epsilon=each) for each in epsilons}
 
     def chosen(*epsilons):
-        return [each.epsilon for each in adversarial.choose_epsilons(attacks(*epsilons))]
+        return [float(key) for key in adversarial.choose_epsilons(attacks(*epsilons))]
 
     assert chosen(0.02, 0.05, 0.1, 0.3) == [0.05, 0.1]
     assert chosen(0.02, 0.05, 0.3) == [0.05, 0.3]
@@ -153,7 +155,7 @@ def test_fgsm_figure_shows_clean_image_perturbation_and_attacked_image(model, de
     attacks = attack_all(model, None, dev, [0.1, 0.2], seed=0, quick=True)
     target = Target(model, {}, predict_logits(model, dev.images), attacks)
     figure = adversarial.draw_fgsm(dev, target)
-    shown = attacks["fgsm"][0]
+    shown = attacks["fgsm"]["0.1"]
     index = adversarial.choose_examples(dev.labels, target.predicted, shown.predicted[0])[0]
     axes = [ax for ax in figure.axes if ax.get_ylabel()]  # the first column
     clean, noise, attacked = (torch.tensor(ax.images[0].get_array()) for ax in axes[:3])
@@ -183,7 +185,7 @@ def test_each_attack_has_a_curve_of_its_own(model, train, dev, monkeypatch):
 def test_figures_say_so_where_nothing_was_fooled(model, dev):
     target = Target(model, {}, predict_logits(model, dev.images), {})
     unchanged = Attacked(0.1, to_float(dev.images), target.logits[None])
-    target.attacks["fgsm"] = [unchanged]
+    target.attacks["fgsm"] = {"0.1": unchanged}
     figure = adversarial.draw_fgsm(dev, target)
     assert "no image was fooled" in " ".join(figure.get_suptitle().split())
 
