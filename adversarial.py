@@ -260,9 +260,9 @@ def print_summaries(numbers: dict[str, Any]) -> None:
     cli.print_table([*columns, "success rate", "most predicted"], rows)
     cli.say(
         "\nIn brackets: 95% intervals. Success rate: over the images classified correctly without"
-        "\nan attack; all else is over all images (the report's FGSM: over those images only)."
+        "\nan attack. All else: over all images (the report's FGSM leaves out misclassified ones)."
         "\nNoise that is the same for all images: mean of several seeds ± standard deviation. A"
-        "\nuniversal perturbation that does not lower the balanced accuracy on train is left out."
+        "\nuniversal perturbation that does not lower the balanced accuracy on train is set to 0."
     )
     for epsilon, comparison in numbers.get("comparison", {}).get("pgd", {}).items():
         cli.say(f"PGD with epsilon {epsilon}, balanced accuracy of robust: {comparison['text']}")
@@ -556,7 +556,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="number of random dev images to attack (default: as many as a few minutes allow)",
     )
     parser.add_argument(
-        "--save-images", action="store_true", help="write all attacked images, 10 MB an attack"
+        "--save-images",
+        action="store_true",
+        help="write all attacked images, 12 kB for each, at every epsilon",
     )
     return parser
 
