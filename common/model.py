@@ -1,7 +1,6 @@
 """Networks, prediction, and checkpoints that are enough to rebuild a model."""
 
 import copy
-import functools
 import io
 import itertools
 import warnings
@@ -53,11 +52,8 @@ def autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if faster else nullcontext()
 
 
-@functools.cache
 def _cpu_has_bfloat16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # older torch can't tell
-        return False
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -324,11 +320,11 @@ def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
     in_memory = isinstance(file, io.BytesIO)
     raw = file.getvalue() if in_memory else cli.read_bytes(file, MAX_FILE_SIZE)
     try:
-        checked = _check_file(raw, name)
+        checked = _check_file(raw)
         with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
             content = torch.load(checked, weights_only=True, map_location="cpu")
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     except Exception as error:  # a broken or hostile file can fail in any way
         raise UserError(f"{name}: not a file of torch.save, cut short, or not safe") from error
     if not isinstance(content, dict):
@@ -336,7 +332,7 @@ def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
     return content
 
 
-def _check_file(raw: bytes, file: str) -> io.BytesIO:
+def _check_file(raw: bytes) -> io.BytesIO:
     """Return a file of torch.save for torch.load; refuse it if it hides more than it shows.
 
     A zip file is packed anew: torch and Python would disagree about some hostile ones.
@@ -344,7 +340,7 @@ def _check_file(raw: bytes, file: str) -> io.BytesIO:
     stream = io.BytesIO(raw)
     if not raw.startswith(b"PK\x03\x04"):  # the old format
         for _ in range(5):  # 3 header pickles, content, keys
-            _check_pickle(stream, file)
+            _check_pickle(stream)
         stream.seek(0)
         return stream
     archive, packed = zipfile.ZipFile(stream), io.BytesIO()
@@ -357,7 +353,7 @@ def _check_file(raw: bytes, file: str) -> io.BytesIO:
         for member in members:
             content = archive.read(member)
             if member.filename.lower().endswith("data.pkl"):
-                _check_pickle(io.BytesIO(content), file)
+                _check_pickle(io.BytesIO(content))
             copy.writestr(member.filename, content)
     packed.seek(0)
     return packed
@@ -379,7 +375,7 @@ MAKERS = (
 )
 
 
-def _check_pickle(stream: io.BytesIO, file: str) -> None:
+def _check_pickle(stream: io.BytesIO) -> None:
     """Refuse a pickle that makes torch.load build more than tensors, lists and dicts.
 
     It would run no code, but 900 bytes can ask it for the `torch.Size` of a `bytearray` of 2**31
@@ -413,7 +409,7 @@ def _check_pickle(stream: io.BytesIO, file: str) -> None:
         elif name in ("REDUCE", "NEWOBJ") and isinstance(popped[0], str):
             numpy = popped[0].startswith(("numpy", "_codecs"))
             what = "NumPy values or bytes" if numpy else cli.safe_repr(popped[0])
-            raise UserError(f"{file}: holds {what} besides weights; save only the state_dict()")
+            raise UserError(f"holds {what} besides weights; save only the state_dict()")
         elif name in ("REDUCE", "NEWOBJ") or (name == "BUILD" and popped[1] is not pydict):
             raise ValueError("what no checkpoint needs")
         if number > MAX_OPCODES or converted > MAX_CONVERTED:
@@ -464,10 +460,13 @@ def _shape_of(weight: Any) -> str:
 def _settings_of(content: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the arguments for `build_model` that a checkpoint holds, checked."""
     checks = {
-        "network": (_is_network, " or ".join(NETWORKS)),
+        "network": (lambda value: type(value) is str and value in NETWORKS, " or ".join(NETWORKS)),
         "pixel_range": (_is_pixel_range, f"two numbers from -{MAX_PIXEL} to {MAX_PIXEL}"),
         "tta_flip": (lambda value: type(value) is bool, "True or False"),
-        "tta_shift": (_is_tta_shift, f"a whole number from 0 to {MAX_TTA_SHIFT}"),
+        "tta_shift": (
+            lambda value: type(value) is int and 0 <= value <= MAX_TTA_SHIFT,
+            f"a whole number from 0 to {MAX_TTA_SHIFT}",
+        ),
     }
     settings = {key: content[key] for key in checks if key in content}
     for key, value in settings.items():
@@ -477,17 +476,9 @@ def _settings_of(content: dict[str, Any], name: str) -> dict[str, Any]:
     return settings
 
 
-def _is_network(value: Any) -> bool:
-    return isinstance(value, str) and value in NETWORKS
-
-
 def _is_pixel_range(value: Any) -> bool:
     numbers = isinstance(value, tuple | list) and all(type(end) in (int, float) for end in value)
     return numbers and len(value) == 2 and all(abs(end) <= MAX_PIXEL for end in value)
-
-
-def _is_tta_shift(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MAX_TTA_SHIFT
 
 
 def _metadata_of(content: dict[str, Any], name: str) -> dict[str, Any]:
