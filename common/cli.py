@@ -1,7 +1,6 @@
 """The command line of every script: options, errors, tables, and result files."""
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -303,20 +302,16 @@ def write_json(path: Path, content: Any) -> None:
 
 def render(template: str, **values: Any) -> str:
     """Return an HTML page from a template of the project."""
-    return _templates().get_template(template).render(**values)
-
-
-@functools.cache
-def _templates() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # two scripts need them
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(PROJECT),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(template).render(**values)
 
 
 def versions() -> dict[str, str]:
