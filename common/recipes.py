@@ -117,18 +117,8 @@ ROBUST = replace(
     tta_shift=0,
 )
 
-REPORT_RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        NAIVE,
-        WEIGHT_DECAY,
-        STRICT_SAMPLER,
-        TRANSFORMS,
-        STEP_LR,
-        WEIGHTED_SAMPLER,
-        FINAL,
-    )
-}
+REPORT_STEPS = (NAIVE, WEIGHT_DECAY, STRICT_SAMPLER, TRANSFORMS, STEP_LR, WEIGHTED_SAMPLER, FINAL)
+REPORT_RECIPES = {recipe.name: recipe for recipe in REPORT_STEPS}
 RECIPES = REPORT_RECIPES | {recipe.name: recipe for recipe in (PRE_TRAINED, TUNED, BEST, ROBUST)}
 
 # What the report says of its own runs.
