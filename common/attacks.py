@@ -44,6 +44,11 @@ def clamped_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, labels).clamp(max=LOSS_CAP)
 
 
+def next_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return minus the cross-entropy of the next label, [B]: cars should become trucks, etc."""
+    return -cross_entropy(logits, (labels + 1) % len(CLASS_NAMES))
+
+
 def input_gradient(
     model: Model, images: Tensor, labels: Tensor, loss: Loss = cross_entropy
 ) -> tuple[Tensor, Tensor]:
@@ -199,18 +204,13 @@ def universal_perturbation(
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     noise = torch.empty(IMAGE_SHAPE, device=device).uniform_(-epsilon, epsilon)
+    loss = next_label_loss if to_next_label else clamped_cross_entropy
     for step in range(steps):
         index = _draw_per_class(dataset.labels, IMAGES_PER_CLASS)
         images = to_float(dataset.images[index]).to(device)
         labels = dataset.labels[index].to(device)
         attacked = (images + noise).clamp(0, 1)
-        if to_next_label:
-            labels = (labels + 1) % len(CLASS_NAMES)
-            gradient = -input_gradient(_random_view(model), attacked, labels)[0]
-        else:
-            gradient, _ = input_gradient(
-                _random_view(model), attacked, labels, clamped_cross_entropy
-            )
+        gradient, _ = input_gradient(_random_view(model), attacked, labels, loss)
         step_size = FIRST_STEP_SIZE * epsilon * (1 - step / steps)
         noise = (noise + step_size * gradient.sum(dim=0).sign()).clamp(-epsilon, epsilon)
 
