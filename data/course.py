@@ -23,10 +23,9 @@ MAX_FILE_SIZE = 2**30  # bytes: 85,000 images
 IMAGE_SHAPE = (3, 32, 32)
 LABELS = (0, 1, 2)
 FORM = "save a list of (float32 tensor [3, 32, 32] in [-1, 1], int) with pickle.dump"
-NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
-TEXTS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-LITERALS = NUMBERS | TEXTS | BYTES
+LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
+LITERALS |= {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+LITERALS |= {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 CONSTANTS |= {"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}
 TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}  # None: down to the mark
@@ -43,13 +42,6 @@ STORAGE_TYPES = {
 }
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save's streams begin with
 STORAGE_OPCODES = 200  # more than enough for the header of one storage
-
-
-class _Global(NamedTuple):
-    """A name that a pickle refers to; it is never imported."""
-
-    module: str
-    name: str
 
 
 class _PickledTensor(NamedTuple):
@@ -81,7 +73,7 @@ def _run_pickle(stream: io.BytesIO, max_opcodes: int, call: Callable[[Any, Any],
     """Run one pickle with a stack, marks into it, and a memo, as Python's unpickler does.
 
     Args:
-        call: called with the function (a _Global in a valid file) and the arguments of each call.
+        call: called with each function, in a valid file (module, name), and its arguments.
 
     Raises:
         UserError: it has opcodes that a list of images does not need, or too many.
@@ -116,9 +108,9 @@ def _run_pickle(stream: io.BytesIO, max_opcodes: int, call: Callable[[Any, Any],
         elif name == "MARK":
             marks.append(len(stack))
         elif name == "GLOBAL":
-            stack.append(_Global(*value.split(" ")))
+            stack.append(tuple(value.split(" ")))  # (module, name), which is never imported
         elif name == "STACK_GLOBAL":
-            stack.append(_Global(*pop(2)))
+            stack.append(tuple(pop(2)))
         elif name in ("REDUCE", "NEWOBJ"):
             stack.append(call(*pop(2)))
         elif name == "LIST":
