@@ -141,7 +141,7 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def intervals(confusion: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+def intervals(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Return the 95% interval of each score of a confusion matrix [C, C].
 
     Recall and precision: Jeffreys; accuracy: Wilson; balanced accuracy and G-mean: draws from the
@@ -152,7 +152,7 @@ def intervals(confusion: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
         the keys of `scores`, with a last axis (low, high).
     """
     correct, counts = np.diagonal(confusion), confusion.sum(axis=1)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
     values, draws = scores(confusion), scores_from_recalls(recalls, counts / counts.sum())
     found = {score: _interval_around(draws[score], values[score]) for score in draws}
@@ -180,11 +180,7 @@ def _interval_around(draws: np.ndarray, value: float) -> np.ndarray:
 
 
 def compare(
-    labels: ArrayLike,
-    predicted: ArrayLike,
-    baseline: ArrayLike,
-    score: str = "g_mean",
-    seed: int = 0,
+    labels: ArrayLike, predicted: ArrayLike, baseline: ArrayLike, score: str = "g_mean"
 ) -> dict[str, Any]:
     """Compare the predictions `predicted` [S, N] or [N] with `baseline`, on the same images.
 
@@ -204,7 +200,7 @@ def compare(
     correct = [np.atleast_2d(np.asarray(runs)) == labels for runs in (baseline, predicted)]
     if correct[0].shape != correct[1].shape:
         raise ValueError(f"cannot pair runs: {correct[0].shape} and {correct[1].shape}")
-    runs, generator = len(correct[0]), np.random.default_rng(seed)
+    runs, generator = len(correct[0]), np.random.default_rng(0)
     by_class = [np.concatenate(correct)[:, labels == label] for label in np.unique(labels)]
     fractions = np.array([group.shape[1] for group in by_class]) / len(labels)
     observed = np.stack([group.mean(axis=1) for group in by_class], axis=-1)
