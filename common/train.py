@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from common import metrics
@@ -259,14 +260,14 @@ def cutout(images: Tensor, size: int) -> Tensor:
         images: float in [0, 1], [B, C, H, W].
         size: side length of the square, in pixels.
     """
-    count, _, height, width = images.shape
-    before_center, inside = (size - 1) // 2, []
-    for side in (height, width):
-        center = torch.randint(side, (count, 1), device=images.device)
-        start = center - before_center
+
+    def random_span(side: int) -> Tensor:
+        center = torch.randint(side, (len(images), 1), device=images.device)
+        start = center - (size - 1) // 2
         places = torch.arange(side, device=images.device)
-        inside.append((places >= start) & (places < start + size))
-    rows, columns = inside
+        return (places >= start) & (places < start + size)
+
+    rows, columns = random_span(images.shape[2]), random_span(images.shape[3])
     return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.5)
 
 
@@ -328,10 +329,10 @@ class Muon(torch.optim.Optimizer):
     """Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
 
     Momentum, then an update whose singular values are all about the same, so that rare directions
-    are learned as fast as those that dominate the gradient. A convolution's filters
-    are the rows of one matrix (torch.optim.Muon takes no convolutions); biases and norms are
-    matrices of one row. The step is as large as a typical step of Adam (Liu et al., "Muon is
-    scalable for LLM training", 2025).
+    are learned as fast as those that dominate the gradient. A convolution's filters are the rows
+    of one matrix (torch.optim.Muon takes no convolutions); biases and norms are matrices of one
+    row. The step is as large as a typical step of Adam (Liu et al., "Muon is scalable for LLM
+    training", 2025).
 
     Jordan leaves the first and the last layer to AdamW. Here that loses 0.03 of G-mean
     (docs/ablations.md).
@@ -452,21 +453,22 @@ def parallel_map(
 
     Args:
         function: at module level, so that other processes can import it.
-        threads: of each job. (A single thread never waits for another, so it does not stall
-            when other processes are busy.)
+        threads: of each job. A single thread never waits for another, so it does not stall when
+            other processes are busy.
     """
     workers = min(len(jobs), _core_count() // threads) if device.type == "cpu" else 1
-    bar = {"total": len(jobs), "desc": description, "leave": False}
-    if workers <= 1 or multiprocessing.parent_process():  # in a worker: the cores are in use
-        bar["disable"] = True if len(jobs) == 1 or multiprocessing.parent_process() else None
-        for job in tqdm(jobs, **bar):
+    in_worker = multiprocessing.parent_process() is not None  # then the cores are in use
+    hidden = in_worker or len(jobs) == 1 or None  # None: shown on a terminal only
+    progress_bar = partial(tqdm, total=len(jobs), desc=description, leave=False, disable=hidden)
+    if workers <= 1 or in_worker:
+        for job in progress_bar(jobs):
             yield _call(function, threads, job)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         futures = [pool.submit(_call_in_worker, _ByValue((function, threads, job))) for job in jobs]
-        for future in tqdm(futures, disable=None, **bar):
+        for future in progress_bar(futures):
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError("a process was killed, probably because the memory is full") from error
