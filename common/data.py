@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import PROJECT, UserError, read_bytes, read_json, safe_repr, say
-from data.course import read_course_pickle
+from data.pickles import read_course_pickle
 
 import numpy as np
 import torch

@@ -3,16 +3,14 @@
 import copy
 import io
 import itertools
-import warnings
-import zipfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from pickletools import genops, markobject, pydict, pylist, pytuple
 from typing import Any
 
 from common import cli
 from common.cli import UserError
 from common.data import CLASS_NAMES, to_float
+from data.pickles import RefusedError, read_torch_file
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +22,6 @@ MAX_FILE_SIZE = 2**28  # bytes, of a checkpoint; ours have up to 2.4 million
 ASSUMED_RANGE = "assuming pixels in [-1, 1]; if it was trained on [0, 1], use --pixel-range 0,1"
 MAX_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
 MAX_PIXEL = 1000  # after normalization
-MAX_OPCODES = 200_000  # of the pickle in a checkpoint; ours have a few thousand
-MAX_CONVERTED = 20  # conversions in a pickle, such as list to set
 
 
 def choose_device(name: str) -> torch.device:
@@ -316,105 +312,18 @@ def describe_checkpoint(metadata: dict[str, Any]) -> str:
 
 
 def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
-    """Read a file of torch.save, refusing code, and contents larger than the file."""
+    """Return the dict in a file of torch.save; nothing else is accepted."""
     in_memory = isinstance(file, io.BytesIO)
     raw = file.getvalue() if in_memory else cli.read_bytes(file, MAX_FILE_SIZE)
     try:
-        checked = _check_file(raw)
-        with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
-            content = torch.load(checked, weights_only=True, map_location="cpu")
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+        content = read_torch_file(raw)
+    except RefusedError as error:
+        raise UserError(f"{name}: {error}; save only the state_dict()") from error
     except Exception as error:  # a broken or hostile file can fail in any way
-        raise UserError(f"{name}: not a file of torch.save, cut short, or not safe") from error
+        raise UserError(f"{name}: not a file of torch.save, or cut short") from error
     if not isinstance(content, dict):
         raise UserError(f"{name}: holds no dict of weights; save the model's state_dict()")
     return content
-
-
-def _check_file(raw: bytes) -> io.BytesIO:
-    """Return a file of torch.save for torch.load; refuse it if it hides more than it shows.
-
-    A zip file is packed anew: torch and Python would disagree about some hostile ones.
-    """
-    stream = io.BytesIO(raw)
-    if not raw.startswith(b"PK\x03\x04"):  # the old format
-        for _ in range(5):  # 3 header pickles, content, keys
-            _check_pickle(stream)
-        stream.seek(0)
-        return stream
-    archive, packed = zipfile.ZipFile(stream), io.BytesIO()
-    members = archive.infolist()
-    if sum(member.file_size for member in members) > len(raw):
-        raise ValueError("compressed, which torch.save never does")
-    if len({member.filename.lower() for member in members}) < len(members):
-        raise ValueError("two files whose names torch can't tell apart")
-    with zipfile.ZipFile(packed, "w") as copy:
-        for member in members:
-            content = archive.read(member)
-            if member.filename.lower().endswith("data.pkl"):
-                _check_pickle(io.BytesIO(content))
-            copy.writestr(member.filename, content)
-    packed.seek(0)
-    return packed
-
-
-# What the pickle of a checkpoint may call, by module and name.
-EMPTY_ORDERED_DICT = ["collections OrderedDict", ()]
-CONVERTERS = ("collections Counter", "__builtin__ set", "torch Size")
-CONVERTED = ((), (pytuple,), (pylist,), (pydict,))
-MAKERS = (
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_tensor_v3",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_parameter_with_state",
-    "torch._utils _rebuild_sparse_tensor",
-    "torch._utils _rebuild_meta_tensor_no_storage",
-    "torch.serialization _get_layout",
-    "torch device",
-)
-
-
-def _check_pickle(stream: io.BytesIO) -> None:
-    """Refuse a pickle that makes torch.load build more than tensors, lists and dicts.
-
-    It would run no code, but 900 bytes can ask it for the `torch.Size` of a `bytearray` of 2**31
-    zeros, which takes 34 GB and minutes. So functions that iterate over their argument get only
-    what the file holds item by item. The stack is followed as `pickletools.dis` does.
-    """
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-    converted = 0
-    for number, (opcode, value, _) in enumerate(genops(stream)):
-        name, before, after = opcode.name, opcode.stack_before, opcode.stack_after
-        if markobject in before:
-            while stack.pop() is not markobject:
-                pass
-            before = before[: before.index(markobject)]
-        popped = [stack.pop() for _ in before][::-1]
-        if name == "GLOBAL":
-            after = [value]
-        elif name in ("EMPTY_TUPLE", "TUPLE1"):
-            after = [tuple(pytuple if isinstance(each, tuple) else each for each in popped)]
-        elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
-            after = popped[:1]
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[value] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            after = [memo[value]]
-        elif name == "REDUCE" and popped[0] in CONVERTERS and popped[1] in CONVERTED:
-            converted += 1
-        elif name == "REDUCE" and (popped[0] in MAKERS or popped == EMPTY_ORDERED_DICT):
-            pass
-        elif name in ("REDUCE", "NEWOBJ") and isinstance(popped[0], str):
-            numpy = popped[0].startswith(("numpy", "_codecs"))
-            what = "NumPy values or bytes" if numpy else cli.safe_repr(popped[0])
-            raise UserError(f"holds {what} besides weights; save only the state_dict()")
-        elif name in ("REDUCE", "NEWOBJ") or (name == "BUILD" and popped[1] is not pydict):
-            raise ValueError("what no checkpoint needs")
-        if number > MAX_OPCODES or converted > MAX_CONVERTED:
-            raise ValueError("more than a checkpoint needs")
-        stack += after
 
 
 def _weights_of(content: dict[str, Any], name: str) -> dict[str, Tensor]:
@@ -446,13 +355,7 @@ def _check_weights(weights: dict[str, Any], model: Classifier, name: str) -> Non
 def _shape_of(weight: Any) -> str:
     """Describe a weight by its shape, or say that it is not a plain dense tensor."""
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
-    if (
-        not isinstance(weight, Tensor)
-        or weight.layout != torch.strided
-        or weight.is_meta
-        or weight.is_nested
-        or weight.dtype not in dtypes
-    ):
+    if not isinstance(weight, Tensor) or weight.dtype not in dtypes:
         return "not a plain tensor of numbers"
     return str(list(weight.shape))
 

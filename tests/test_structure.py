@@ -20,9 +20,9 @@ MAY_IMPORT = {
     "cli": set(),
     "plots": set(),
     "recipes": set(),
-    "data": {"common.cli", "data.course", "data.cifar10", "data.synthetic"},  # prepared if asked
+    "data": {"common.cli", "data.pickles", "data.cifar10", "data.synthetic"},  # prepared if asked
     "metrics": {"common.data"},  # the names of the classes
-    "model": {"common.cli", "common.data"},
+    "model": {"common.cli", "common.data", "data.pickles"},
     "attacks": {"common.data", "common.model"},
     "train": {
         f"common.{name}" for name in ("cli", "data", "metrics", "model", "attacks", "recipes")

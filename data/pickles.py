@@ -1,0 +1,338 @@
+"""Read files that are pickles safely: the course's images, and torch.save's checkpoints.
+
+A pickle is a program, and Python's unpickler imports and calls whatever it names. `_run_pickle`
+implements only the few opcodes that tensors in lists and dicts need, imports nothing, and allows
+only the calls in `_call`. Memory and time are bounded by a small multiple of the file's size.
+"""
+
+import copy
+import io
+import math
+import pickletools
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError, read_bytes, safe_repr, say
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_FILE_SIZE = 2**30  # bytes of a course pickle: 85,000 images
+IMAGE_SHAPE = (3, 32, 32)
+LABELS = (0, 1, 2)
+FORM = "save a list of (float32 tensor [3, 32, 32] in [-1, 1], int) with pickle.dump"
+
+
+class RefusedError(Exception):
+    """A pickle holds what tensors in lists and dicts do not need; the message says what."""
+
+
+# ---- pickles --------------------------------------------------------------------------------
+
+NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
+TEXTS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
+LITERALS = NUMBERS | TEXTS | BYTES
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONSTANTS |= {"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}
+TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}  # None: down to the mark
+MAX_KEY = 2**31  # larger numbers can be chosen to have equal hashes, which would make dicts slow
+
+
+def _run_pickle(
+    stream: io.BytesIO,
+    max_opcodes: int,
+    call: Callable[[Any, Any], Any],
+    load: Callable[[Any], Any],
+) -> Any:
+    """Run one pickle with a stack, marks into it, and a memo, as Python's unpickler does.
+
+    Args:
+        call: called with the function (its module and name) and the arguments of each call.
+        load: called with each persistent id, which torch.save uses for storages.
+
+    Raises:
+        RefusedError: it has opcodes that tensors do not need, or too many.
+        Exception: of any kind, if it is broken.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def pop(count: int | None = None) -> list[Any]:
+        start = marks.pop() if count is None else len(stack) - count
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for number, (opcode, value, _) in enumerate(pickletools.genops(stream)):
+        if number > max_opcodes:
+            raise RefusedError("has more opcodes than its tensors need")
+        name = opcode.name
+        if name in LITERALS:
+            stack.append(value)
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[value])
+        elif name in CONSTANTS:
+            stack.append(copy.copy(CONSTANTS[name]))
+        elif name in TUPLE_SIZES:
+            stack.append(tuple(pop(TUPLE_SIZES[name])))
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "GLOBAL":
+            stack.append(tuple(value.split(" ")))
+        elif name == "STACK_GLOBAL":
+            stack.append(tuple(pop(2)))
+        elif name in ("REDUCE", "NEWOBJ"):
+            stack.append(call(*pop(2)))
+        elif name == "BINPERSID":
+            stack.append(load(*pop(1)))
+        elif name == "LIST":
+            stack.append(pop())
+        elif name in ("APPEND", "APPENDS"):
+            items = pop(1 if name == "APPEND" else None)
+            _require(isinstance(stack[-1], list))
+            stack[-1].extend(items)
+        elif name == "DICT":
+            stack.append(_to_dict(pop()))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = pop(2 if name == "SETITEM" else None)
+            _require(isinstance(stack[-1], dict))
+            stack[-1].update(_to_dict(items))
+        elif name == "BUILD":  # sets attributes: of a state dict, its version numbers
+            state = pop(1)[0]
+            little_endian = isinstance(stack[-1], np.dtype) and state[1] in ("<", "|")
+            _require(isinstance(stack[-1], dict) or little_endian)
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise RefusedError(f"holds other things than tensors (opcode {name})")
+    raise ValueError("a pickle without an end")
+
+
+def _to_dict(items: list[Any]) -> dict[Any, Any]:
+    keys, values = items[::2], items[1::2]
+    for key in keys:
+        if not (isinstance(key, str) or (type(key) is int and abs(key) < MAX_KEY)):
+            raise RefusedError("has dict keys that are neither text nor small numbers")
+    return dict(zip(keys, values, strict=True))
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError("not what a pickle of tensors holds")
+
+
+class _Calls:
+    """The only calls that a pickle of tensors needs.
+
+    Results are cached: otherwise, repeating a call by reference could turn a few bytes of the file
+    into any amount of memory or time.
+    """
+
+    def __init__(self) -> None:
+        self.encoded: dict[str, bytes] = {}
+        self.storages: dict[bytes, Tensor] = {}
+
+    def __call__(self, function: Any, arguments: Any) -> Any:
+        match function, arguments:
+            case ("torch._utils", "_rebuild_tensor_v2"), (Tensor() as storage, *place, _, _):
+                return _view(storage, *place)
+            case ("torch._utils", "_rebuild_parameter"), (content, *_):
+                return content
+            case ("torch.storage", "_load_from_bytes"), (bytes(content),):
+                if content not in self.storages:
+                    self.storages[content] = _read_old_format(content, HEADER_OPCODES, _refuse)
+                return self.storages[content]
+            case ("collections", "OrderedDict"), ():
+                return {}
+            case ((("collections", "Counter") | ("torch", "Size" | "device")), (content, *_)):
+                return content
+            case ("__builtin__" | "builtins", "set"), (list(content),):
+                return content
+            case ("_codecs", "encode"), (str(text), "latin1"):  # bytes in protocols 0 to 2
+                if text not in self.encoded:
+                    self.encoded[text] = text.encode("latin-1")
+                return self.encoded[text]
+            case ("numpy", "dtype"), (str(name), *_) if re.fullmatch("[iuf][1248]", name):
+                return np.dtype(f"<{name}")
+            case ("numpy._core.multiarray" | "numpy.core.multiarray", "scalar"), (
+                np.dtype() as dtype,
+                bytes(content),
+            ):
+                return np.frombuffer(content, dtype, count=1)[0].item()
+            case ("torch._utils" | "torch.serialization", str(name)), _ if name.startswith(
+                ("_rebuild", "_get_layout")
+            ):
+                return function  # in place of a tensor that is sparse, quantized, ...
+            case (str(module), str()), _ if module.startswith("numpy"):
+                raise RefusedError("holds NumPy arrays")
+            case (str(module), str(name)), _:
+                raise RefusedError(f"asks for {safe_repr(f'{module}.{name}')}, which is refused")
+        raise ValueError("a call of something that is no global")
+
+
+# ---- torch.save -----------------------------------------------------------------------------
+
+STORAGE_TYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "BoolStorage": torch.bool,
+}
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what the old format begins with
+HEADER_OPCODES = 200  # more than enough for a header, or for one storage
+MAX_OPCODES = 200_000  # of a checkpoint; ours have a few thousand
+
+
+def read_torch_file(raw: bytes) -> Any:
+    """Return the content of a file of torch.save: tensors, numbers and text in lists and dicts.
+
+    Raises:
+        RefusedError: it holds something else.
+        Exception: of any kind, if it is broken.
+    """
+    read = _read_zip if raw.startswith(b"PK") else _read_old_format
+    return read(raw, MAX_OPCODES, _Calls())
+
+
+def _read_zip(raw: bytes, max_opcodes: int, call: Callable[..., Any]) -> Any:
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        sizes = [member.file_size for member in archive.infolist()]
+        _require(sum(sizes) <= len(raw))  # torch.save does not compress
+        files = {name: archive.read(name) for name in archive.namelist()}
+    folder = next(name for name in files if name.endswith("data.pkl")).removesuffix("data.pkl")
+    _require(files.get(f"{folder}byteorder", b"little") == b"little")
+
+    def load(storage: tuple) -> Tensor:
+        return _to_storage(storage, files[f"{folder}data/{storage[2]}"])
+
+    return _run_pickle(io.BytesIO(files[f"{folder}data.pkl"]), max_opcodes, call, load)
+
+
+def _read_old_format(raw: bytes, max_opcodes: int, call: Callable[..., Any]) -> Any:
+    """Read a header of three pickles, the content, the keys of the storages, and the storages.
+
+    Only the content names the types of the storages that come after it, so it is run twice.
+    """
+    stream = io.BytesIO(raw)
+    magic, _, system = (_run_pickle(stream, HEADER_OPCODES, _refuse, _refuse) for _ in range(3))
+    _require(magic == TORCH_MAGIC and system["little_endian"] is True)
+    start, found, storages = stream.tell(), {}, {}
+    _run_pickle(stream, max_opcodes, lambda *_: {}, lambda each: found.update({each[2]: each}))
+    for key in _run_pickle(stream, max_opcodes, _refuse, _refuse):
+        dtype, count = _type_of(found[key]), int.from_bytes(stream.read(8), "little")
+        storages[key] = _to_storage(found[key], stream.read(count * dtype.itemsize))
+    stream.seek(start)
+    return _run_pickle(stream, max_opcodes, call, lambda each: storages[each[2]])
+
+
+def _refuse(*_: Any) -> None:
+    raise ValueError("a header calls nothing")
+
+
+def _type_of(storage: tuple) -> torch.dtype:
+    module, name = storage[1]
+    if module != "torch" or name not in STORAGE_TYPES:
+        raise RefusedError(f"holds tensors of type {safe_repr(name)}")
+    return STORAGE_TYPES[name]
+
+
+def _to_storage(storage: tuple, content: bytes) -> Tensor:
+    """Return the numbers of a storage, [count]."""
+    dtype, (kind, _, _, _, count, *view) = _type_of(storage), storage
+    _require(kind == "storage" and view in ([], [None]))
+    _require(len(content) == count * dtype.itemsize)
+    return (
+        torch.frombuffer(bytearray(content), dtype=dtype)
+        if content
+        else torch.empty(0, dtype=dtype)
+    )
+
+
+def _view(storage: Tensor, offset: int, size: tuple, stride: tuple) -> Tensor:
+    """Return a tensor as a view of its storage, which may hold many more."""
+    _require(len(stride) == len(size) and all(type(n) is int and n >= 0 for n in (*size, *stride)))
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    _require(0 <= offset <= last + 1 <= len(storage) and math.prod(size) < 2**62)
+    return storage.as_strided(size, stride, offset)
+
+
+# ---- the course's images --------------------------------------------------------------------
+
+
+def read_course_pickle(path: Path) -> tuple[Tensor, Tensor]:
+    """Return the images, uint8 [N, 3, 32, 32], and the labels, int64 [N], of a course pickle."""
+    content = read_bytes(path, MAX_FILE_SIZE)
+    # Each image has dozens of opcodes, and 12 kB of pixels. A file with more is hostile.
+    max_opcodes = len(content) // 20 + 10_000
+    try:
+        if content.startswith(b"PK"):
+            raise RefusedError("was written by torch.save")
+        items = _run_pickle(io.BytesIO(content), max_opcodes, _Calls(), _refuse)
+        return _to_tensors(items, len(content))
+    except RefusedError as error:
+        raise UserError(f"{path}: {error}; {FORM}") from error
+    except Exception as error:  # a broken file can fail anywhere: IndexError, ValueError, ...
+        raise UserError(f"{path}: not a whole pickle of tensors; {FORM}") from error
+
+
+def _to_tensors(items: Any, file_size: int) -> tuple[Tensor, Tensor]:
+    if items == TORCH_MAGIC:
+        raise RefusedError("was written by torch.save")
+    if not isinstance(items, list) or not items:
+        raise RefusedError("holds no list of (image, label)")
+    pairs = [_to_pair(index, item) for index, item in enumerate(items)]
+    # An image may be repeated by reference, but all of them together may take no more memory
+    # than the file.
+    if len(pairs) * math.prod(IMAGE_SHAPE) > file_size:
+        raise RefusedError(f"lists more images than {file_size} bytes can hold")
+    images = torch.stack([image for image, _ in pairs])
+    return _to_uint8(images), torch.tensor([label for _, label in pairs])
+
+
+def _to_pair(index: int, item: Any) -> tuple[Tensor, int]:
+    if not (isinstance(item, tuple | list) and len(item) == 2):
+        raise RefusedError(f"item {index} is not a pair (image, label)")
+    image, label = item
+    if not isinstance(image, Tensor):
+        raise RefusedError(f"image {index} is {safe_repr(image)}")
+    if image.dtype != torch.float32:
+        raise RefusedError(
+            f"image {index} is a tensor of {str(image.dtype).removeprefix('torch.')}"
+        )
+    if image.shape != IMAGE_SHAPE:
+        raise RefusedError(f"image {index} has shape {str(list(image.shape))[:40]}")
+    if isinstance(label, Tensor) and label.shape in ((), (1,)):
+        label = label.item()
+    if not (type(label) is int and label in LABELS):
+        raise RefusedError(f"label {index} is {safe_repr(label)}; labels are 0 car, 1 truck, 2 cat")
+    return image, label
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    """Turn float images into uint8: from [-1, 1], or from [0, 1] if no pixel is below 0."""
+    finite = images.isfinite().flatten(1).all(dim=1).int()
+    if not finite.all():
+        raise RefusedError(f"image {finite.argmin()} has pixels that are NaN or infinite")
+    low, high = images.min().item(), images.max().item()
+    if low < -1.001 or high > 1.001:
+        raise RefusedError(f"has pixels from {low:.3g} to {high:.3g}")
+    if low >= 0:
+        say("note: no pixel is below 0, so the images are read as lying in [0, 1]", error=True)
+    shift, factor = (0, 255) if low >= 0 else (1, 127.5)
+    return images.add_(shift).mul_(factor).round_().to(torch.uint8)
