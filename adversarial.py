@@ -33,10 +33,10 @@ from common.data import CLASS_NAMES, Dataset, describe, open_data, to_float
 from common.metrics import SCORE_TITLES
 from common.model import (
     ASSUMED_RANGE,
+    Checkpoint,
     Classifier,
     choose_device,
     describe_checkpoint,
-    is_bare,
     load_checkpoint,
     predict_logits,
     save_checkpoint,
@@ -483,18 +483,17 @@ def find_robust(
 
 def is_trained_on(path: Path, dataset: Dataset) -> bool:
     """Return whether a checkpoint was trained on these images, whatever their labels."""
-    trained_on = load_checkpoint(path)[1].get("trained_on")
+    trained_on = load_checkpoint(path).metadata.get("trained_on")
     images = dataset.image_fingerprint
     return isinstance(trained_on, dict) and trained_on.get("image_fingerprint") == images
 
 
-def load(path: Path, pixel_range: tuple[float, float] | None) -> tuple[Classifier, dict[str, Any]]:
-    """Return a checkpoint's model and metadata; the pixel range applies to bare ones only."""
-    bare = is_bare(path)
-    model, metadata = load_checkpoint(path, pixel_range if bare else None)
-    note = f"; {ASSUMED_RANGE}" if bare and not pixel_range else ""
-    cli.say(f"{path}: {describe_checkpoint(metadata)}{note}")
-    return model, {"file": path.name, **metadata}
+def load(path: Path, pixel_range: tuple[float, float] | None) -> Checkpoint:
+    """Read a checkpoint, and say what it is; the pixel range applies to bare ones only."""
+    found = load_checkpoint(path, pixel_range, alone=False)
+    note = f"; {ASSUMED_RANGE}" if found.bare and not pixel_range else ""
+    cli.say(f"{path}: {describe_checkpoint(found.metadata)}{note}")
+    return found
 
 
 def draw_all(
@@ -575,12 +574,12 @@ def main() -> None:
     if robust := find_robust(arguments, results, training_set, dev):
         paths["robust"] = robust
     loaded = {name: load(path, arguments.pixel_range) for name, path in paths.items()}
-    if arguments.pixel_range and not any(map(is_bare, paths.values())):
+    if arguments.pixel_range and not any(each.bare for each in loaded.values()):
         raise UserError("--pixel-range: each of these checkpoints has its own; omit the option")
     if training_set is None:
         cli.say("no training set to fit universal perturbations on: they are left out")
 
-    models = [model for model, _ in loaded.values()]
+    models = [each.model for each in loaded.values()]
     count = arguments.images or count_affordable(models, dev)
     if count < len(dev):
         dev = choose_images(dev, count, arguments.seed)
@@ -589,7 +588,8 @@ def main() -> None:
     expected = "" if arguments.quick else f", which takes about {max(1, round(seconds / 60))} min"
     cli.say(f"attacking {len(dev)} dev images{expected}\n")
     targets = {}
-    for name, (model, metadata) in loaded.items():
+    for name, checkpoint in loaded.items():
+        model, metadata = checkpoint.model, {"file": paths[name].name, **checkpoint.metadata}
         found = attack_all(
             model, training_set, dev, epsilons, arguments.seed, arguments.quick, name == "plain"
         )

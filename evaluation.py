@@ -33,10 +33,10 @@ from common.data import CLASS_NAMES, SPLITS, Dataset, describe, open_data, read_
 from common.metrics import SCORE_TITLES
 from common.model import (
     ASSUMED_RANGE,
+    Checkpoint,
     Classifier,
     choose_device,
     describe_checkpoint,
-    is_bare,
     load_checkpoint,
     predict_logits,
     with_pixel_range,
@@ -210,21 +210,12 @@ class Evaluated:
         return rows
 
 
-def load(
-    source: Source, arguments: argparse.Namespace, alone: bool = True
-) -> tuple[Classifier, dict[str, Any], bool]:
-    """Return a checkpoint's model and metadata, and whether its pixel range had to be assumed.
-
-    --pixel-range is for bare checkpoints, which do not contain their pixel range.
-
-    Args:
-        alone: refuse --pixel-range for a checkpoint that has its own, instead of ignoring it.
-    """
+def load(source: Source, arguments: argparse.Namespace, alone: bool = True) -> Checkpoint:
+    """Read a checkpoint, with the model on the device; --pixel-range is for bare ones."""
     file = io.BytesIO(read_source(source))
-    bare = is_bare(file, source.name)
-    pixel_range = arguments.pixel_range if bare or alone else None
-    model, metadata = load_checkpoint(file, pixel_range, source.name)
-    return model.to(choose_device(arguments.device)), metadata, bare and not pixel_range
+    found = load_checkpoint(file, arguments.pixel_range, source.name, alone)
+    found.model.to(choose_device(arguments.device))
+    return found
 
 
 def predict(source: Source, model: Classifier, images: Tensor) -> Tensor:
@@ -242,11 +233,12 @@ def evaluate(
 
     If its pixel range had to be assumed ([-1, 1], the course's), it is scored with [0, 1], too.
     """
-    model, metadata, assumed = load(source, arguments, alone)
+    loaded = load(source, arguments, alone)
+    model = loaded.model
     logits = predict(source, model, dataset.images)
     scores = metrics.evaluate(dataset.labels, logits.argmax(dim=1))
-    found = Evaluated(source.name, metadata, logits, scores)
-    if assumed:
+    found = Evaluated(source.name, loaded.metadata, logits, scores)
+    if loaded.bare and not arguments.pixel_range:
         other = predict_logits(with_pixel_range(model, (0.0, 1.0)), dataset.images).argmax(dim=1)
         compared = metrics.compare(dataset.labels, other, found.predicted)
         found.other_range = metrics.evaluate(dataset.labels, other) | {"comparison": compared}
@@ -573,8 +565,9 @@ def classify_files(arguments: argparse.Namespace) -> None:
     source, *others = find_sources(arguments.checkpoint or [BEST])
     if others:
         raise UserError("--image: goes with one checkpoint only")
-    model, _, assumed = load(source, arguments)
-    if assumed:
+    loaded = load(source, arguments)
+    model = loaded.model
+    if loaded.bare and not arguments.pixel_range:
         cli.say(ASSUMED_RANGE)
     names, images = read_images(arguments.image)
     probabilities = predict(source, model, images).softmax(dim=1)

@@ -249,7 +249,7 @@ class Report:
     def about(self) -> dict[str, str]:
         """Return what the page and AUTHOR.txt say about the work and its author."""
         path, labels = self.paths["checkpoint"], self.paths["labels"]
-        _, metadata = load_checkpoint(path, self.arguments.pixel_range)
+        metadata = load_checkpoint(path, self.arguments.pixel_range).metadata
         settings = metadata.get("recipe")
         settings = settings.items() if isinstance(settings, dict) else []
         corrections = read_corrections(labels, self.train)

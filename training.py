@@ -33,7 +33,6 @@ from common.model import (
     choose_device,
     describe_checkpoint,
     load_checkpoint,
-    load_training,
     predict_logits,
     save_checkpoint,
     with_pixel_range,
@@ -192,14 +191,14 @@ def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """
     for file in (path.with_suffix(".unfinished.ckpt"), path):
         if file.exists():
-            found = load_checkpoint(file)[1]
-            other = [key for key, value in metadata.items() if found.get(key) != value]
+            found = load_checkpoint(file)
+            other = [key for key, value in metadata.items() if found.metadata.get(key) != value]
             if other:
                 raise UserError(
                     f"{file}: comes from a run with another {' and '.join(other)}; repeat that "
                     "run's command, or omit --resume to overwrite the file"
                 )
-            return load_training(file)
+            return found.training
     return {}
 
 
@@ -357,9 +356,9 @@ def load_final(
     path = arguments.checkpoint or results.folder / f"{FINAL.name}.ckpt"
     if not path.exists() and not arguments.checkpoint:
         raise UserError(f"{path}: no such file; run training.py --recipe final first")
-    model, metadata = load_checkpoint(path, arguments.pixel_range)
-    cli.say(f"model: {path}, {describe_checkpoint(metadata)}\n")
-    return model.to(device), {"file": path.name, **metadata}
+    found = load_checkpoint(path, arguments.pixel_range)
+    cli.say(f"model: {path}, {describe_checkpoint(found.metadata)}\n")
+    return found.model.to(device), {"file": path.name, **found.metadata}
 
 
 # ---- options --------------------------------------------------------------------------------

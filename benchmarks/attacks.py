@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import cli
 from common.attacks import in_batches, pgd
 from common.data import open_data, to_float
-from common.model import Classifier, choose_device, is_bare, load_checkpoint, predict_logits
+from common.model import Classifier, choose_device, load_checkpoint, predict_logits
 
 import foolbox
 import torch
@@ -91,7 +91,7 @@ def main() -> None:
     dev = open_data(arguments.data).load("dev", arguments.quick)
     rows = []
     for path in arguments.checkpoints:
-        model, _ = load_checkpoint(path, arguments.pixel_range if is_bare(path) else None)
+        model = load_checkpoint(path, arguments.pixel_range, alone=False).model
         measured = compare(model.to(device), to_float(dev.images), dev.labels, arguments.epsilon)
         for name, (seconds, accuracy) in measured.items():
             ratio = seconds / measured["ours"][0]

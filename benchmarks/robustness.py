@@ -21,7 +21,7 @@ from common import cli, metrics
 from common.attacks import in_batches, pgd
 from common.data import CLASS_NAMES, SPLITS, Dataset, open_data, to_float
 from common.metrics import SCORE_TITLES
-from common.model import Classifier, choose_device, is_bare, load_checkpoint, predict_logits
+from common.model import Classifier, choose_device, load_checkpoint, predict_logits
 
 import torch
 import torchattacks
@@ -111,7 +111,7 @@ def main() -> None:
     attacks = make_attacks(arguments.epsilon, arguments.seed, arguments.queries, arguments.quick)
     rows = []
     for path in arguments.checkpoints:
-        model, _ = load_checkpoint(path, arguments.pixel_range if is_bare(path) else None)
+        model = load_checkpoint(path, arguments.pixel_range, alone=False).model
         after = attack_in_turn(model.to(device), dataset, attacks, arguments.epsilon)
         for name, predicted in after.items():
             attack = name if name == "none" else f"+ {name}"

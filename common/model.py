@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,7 @@ def save_checkpoint(
 
     Args:
         metadata: recipe, seed and data: numbers, short texts, lists and dicts of them.
-        training: what `load_training` returns, so that training can be resumed.
+        training: the state to resume training from.
     """
     content = {
         "model_state_dict": {name: w.detach().cpu() for name, w in model.state_dict().items()},
@@ -260,45 +261,54 @@ def save_checkpoint(
     path.write_bytes(buffer.getvalue())
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        model: in eval mode.
+        metadata: recipe, seed and data; {} if the checkpoint is bare.
+        training: what `save_checkpoint` was given as `training`.
+        bare: it holds weights only, so its pixel range is unknown.
+    """
+
+    model: Classifier
+    metadata: dict[str, Any]
+    training: dict[str, Any]
+    bare: bool
+
+
 def load_checkpoint(
-    file: Path | io.BytesIO, pixel_range: tuple[float, float] | None = None, name: str = ""
-) -> tuple[Classifier, dict[str, Any]]:
-    """Rebuild a model from one of our checkpoints, or from a bare one (weights only).
+    file: Path | io.BytesIO,
+    pixel_range: tuple[float, float] | None = None,
+    name: str = "",
+    alone: bool = True,
+) -> Checkpoint:
+    """Read one of our checkpoints, or a bare one (weights only).
 
     Args:
         file: the checkpoint's path, or its content.
         pixel_range: the range that a bare checkpoint was trained on; None means [-1, 1].
         name: the file's name in messages; its path if empty.
-
-    Returns:
-        the model in eval mode, and the checkpoint's metadata ({} for a bare one).
+        alone: refuse a pixel range for a checkpoint that has its own; False ignores it, as it may
+            be meant for others.
 
     Raises:
-        UserError: no such file, not a checkpoint, weights of another network, or a pixel range
-            given for a checkpoint that has its own.
+        UserError: no such file, not a checkpoint, or weights of another network.
     """
     name = name or str(file)
     content = _read(file, name)
-    settings = _settings_of(content, name)
-    if pixel_range and "pixel_range" in settings:
+    settings, training = _settings_of(content, name), content.get("training")
+    bare = "pixel_range" not in settings
+    if alone and pixel_range and not bare:
         text = "{:g},{:g}".format(*settings["pixel_range"])
         raise UserError(f"{name}: has its own pixel range, {text}; omit --pixel-range")
     model = build_model(**({"pixel_range": pixel_range or COURSE_RANGE} | settings))
     weights = _weights_of(content, name)
     _check_weights(weights, model, name)
     model.load_state_dict(weights)
-    return model.eval(), _metadata_of(content, name)
-
-
-def is_bare(file: Path | io.BytesIO, name: str = "") -> bool:
-    """Return whether a checkpoint holds only weights, so that its pixel range is unknown."""
-    return "pixel_range" not in _read(file, name or str(file))
-
-
-def load_training(path: Path) -> dict[str, Any]:
-    """Return what `save_checkpoint` was given as `training`."""
-    training = _read(path, str(path)).get("training")
-    return training if isinstance(training, dict) else {}
+    training = training if isinstance(training, dict) else {}
+    return Checkpoint(model.eval(), _metadata_of(content, name), training, bare)
 
 
 def describe_checkpoint(metadata: dict[str, Any]) -> str:

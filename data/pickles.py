@@ -146,7 +146,10 @@ class _Calls:
         match function, arguments:
             case ("torch._utils", "_rebuild_tensor_v2"), (Tensor() as storage, *place, _, _):
                 return _view(storage, *place)
-            case ("torch._utils", "_rebuild_parameter"), (content, *_):
+            case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state"), (
+                content,
+                *_,
+            ):
                 return content
             case ("torch.storage", "_load_from_bytes"), (bytes(content),):
                 if content not in self.storages:
@@ -196,6 +199,7 @@ STORAGE_TYPES = {
 }
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what the old format begins with
 HEADER_OPCODES = 200  # more than enough for a header, or for one storage
+MAX_DIMENSIONS = 16
 MAX_OPCODES = 200_000  # of a checkpoint; ours have a few thousand
 
 
@@ -218,8 +222,9 @@ def _read_zip(raw: bytes, max_opcodes: int, call: Callable[..., Any]) -> Any:
     folder = next(name for name in files if name.endswith("data.pkl")).removesuffix("data.pkl")
     _require(files.get(f"{folder}byteorder", b"little") == b"little")
 
-    def load(storage: tuple) -> Tensor:
-        return _to_storage(storage, files[f"{folder}data/{storage[2]}"])
+    def load(storage: Any) -> Tensor:
+        key, dtype, count = _parse(storage)
+        return _to_storage(dtype, count, files[f"{folder}data/{key}"])
 
     return _run_pickle(io.BytesIO(files[f"{folder}data.pkl"]), max_opcodes, call, load)
 
@@ -233,40 +238,52 @@ def _read_old_format(raw: bytes, max_opcodes: int, call: Callable[..., Any]) -> 
     magic, _, system = (_run_pickle(stream, HEADER_OPCODES, _refuse, _refuse) for _ in range(3))
     _require(magic == TORCH_MAGIC and system["little_endian"] is True)
     start, found, storages = stream.tell(), {}, {}
-    _run_pickle(stream, max_opcodes, lambda *_: {}, lambda each: found.update({each[2]: each}))
+
+    def note(storage: Any) -> None:
+        key, dtype, count = _parse(storage)
+        found[key] = dtype, count
+
+    _run_pickle(stream, max_opcodes, lambda *_: {}, note)
     for key in _run_pickle(stream, max_opcodes, _refuse, _refuse):
-        dtype, count = _type_of(found[key]), int.from_bytes(stream.read(8), "little")
-        storages[key] = _to_storage(found[key], stream.read(count * dtype.itemsize))
+        _require(isinstance(key, str))
+        dtype, count = found[key]
+        _require(count == int.from_bytes(stream.read(8), "little"))
+        storages[key] = _to_storage(dtype, count, stream.read(count * dtype.itemsize))
     stream.seek(start)
-    return _run_pickle(stream, max_opcodes, call, lambda each: storages[each[2]])
+    return _run_pickle(stream, max_opcodes, call, lambda storage: storages[_parse(storage)[0]])
 
 
 def _refuse(*_: Any) -> None:
     raise ValueError("a header calls nothing")
 
 
-def _type_of(storage: tuple) -> torch.dtype:
-    module, name = storage[1]
-    if module != "torch" or name not in STORAGE_TYPES:
-        raise RefusedError(f"holds tensors of type {safe_repr(name)}")
-    return STORAGE_TYPES[name]
+def _parse(storage: Any) -> tuple[str, torch.dtype, int]:
+    """Return the key, the type and the size of a storage from its persistent id.
+
+    No value is compared or printed before its type is known: tuples in tuples can be huge.
+    """
+    match storage:
+        case ("storage", ("torch", str(name)), str(key), _, int(count), *view) if (
+            name in STORAGE_TYPES and count >= 0 and view in ([], [None])
+        ):
+            return key, STORAGE_TYPES[name], count
+        case ("storage", (str(), str(name)), *_):
+            raise RefusedError(f"holds tensors of type {safe_repr(name)}")
+    raise ValueError("not the persistent id of a storage")
 
 
-def _to_storage(storage: tuple, content: bytes) -> Tensor:
+def _to_storage(dtype: torch.dtype, count: int, content: bytes) -> Tensor:
     """Return the numbers of a storage, [count]."""
-    dtype, (kind, _, _, _, count, *view) = _type_of(storage), storage
-    _require(kind == "storage" and view in ([], [None]))
     _require(len(content) == count * dtype.itemsize)
-    return (
-        torch.frombuffer(bytearray(content), dtype=dtype)
-        if content
-        else torch.empty(0, dtype=dtype)
-    )
+    if count == 0:  # torch.frombuffer takes no empty buffer
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=dtype)
 
 
 def _view(storage: Tensor, offset: int, size: tuple, stride: tuple) -> Tensor:
     """Return a tensor as a view of its storage, which may hold many more."""
-    _require(len(stride) == len(size) and all(type(n) is int and n >= 0 for n in (*size, *stride)))
+    _require(len(stride) == len(size) <= MAX_DIMENSIONS)
+    _require(all(type(number) is int and number >= 0 for number in (*size, *stride)))
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     _require(0 <= offset <= last + 1 <= len(storage) and math.prod(size) < 2**62)
     return storage.as_strided(size, stride, offset)

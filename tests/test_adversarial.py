@@ -222,7 +222,9 @@ def test_script_writes_scores_by_model_attack_and_epsilon(
         assert {"clean", "labels"} | names <= set(saved)
         for name in names:
             assert np.abs(saved[name] - saved["clean"]).max() <= float(name.split()[1]) + 1e-6
-            correct = predict_logits(load_checkpoint(checkpoint)[0], torch.from_numpy(saved[name]))
+            correct = predict_logits(
+                load_checkpoint(checkpoint).model, torch.from_numpy(saved[name])
+            )
             accuracy = np.mean(correct.argmax(dim=1).numpy() == saved["labels"])
             attack, epsilon = name.split()
             assert accuracy == pytest.approx(plain["attacks"][attack][epsilon]["accuracy"])
@@ -234,7 +236,7 @@ def test_script_trains_the_final_recipe_once(run_script, course_folder, tmp_path
     status, printed, error = run_script(adversarial, *options)
     assert status == 0, error
     assert "training a model first" in printed
-    _, metadata = load_checkpoint(tmp_path / "out/final.ckpt")
+    metadata = load_checkpoint(tmp_path / "out/final.ckpt").metadata
     assert metadata["recipe"]["name"] == "final"
     status, printed, error = run_script(adversarial, *options)
     assert status == 0, error
@@ -315,7 +317,7 @@ def test_bad_epsilon_ends_with_one_line(run_script, course_folder, epsilon):
 def test_attacks_break_the_reports_own_model():
     folder = open_data(str(COURSE_DATA))
     train, dev = folder.load("train"), folder.load("dev")
-    model, _ = load_checkpoint(COURSE_DATA / "seed-model.ckpt", (0.0, 1.0))
+    model = load_checkpoint(COURSE_DATA / "seed-model.ckpt", (0.0, 1.0)).model
     before, clean = predict_logits(model, dev.images).argmax(dim=1), to_float(dev.images)
 
     def summarize(images):

@@ -109,7 +109,7 @@ def checkpoint_files(path: Path) -> list[bytes]:
 def use_checkpoint(file: Any, name: str = "") -> None:
     from common.model import describe_checkpoint, load_checkpoint
 
-    _, metadata = load_checkpoint(file, name=name)
+    metadata = load_checkpoint(file, name=name).metadata
     assert len(describe_checkpoint(metadata)) < LONGEST_LINE
     json.dumps(cli._to_json(metadata), allow_nan=False)
 

@@ -17,9 +17,7 @@ from common.model import (
     build_model,
     choose_device,
     describe_checkpoint,
-    is_bare,
     load_checkpoint,
-    load_training,
     predict_logits,
     save_checkpoint,
     with_pixel_range,
@@ -184,30 +182,28 @@ def test_a_checkpoint_rebuilds_its_model_alone(network, tmp_path):
     }
     training = {"history": [{"loss": 1.0}], "logits": torch.rand(2, 3)}
     save_checkpoint(tmp_path / "it.ckpt", model, metadata, training)
-    loaded, loaded_metadata = load_checkpoint(tmp_path / "it.ckpt")
+    found = load_checkpoint(tmp_path / "it.ckpt")
+    loaded, loaded_training = found.model, found.training
     assert type(loaded).__name__ == network
     assert (loaded.pixel_range, loaded.tta_flip, loaded.tta_shift) == ((0, 1), True, 2)
     assert torch.equal(predict_logits(loaded, IMAGES), predict_logits(model, IMAGES))
     assert not loaded.training
-    assert loaded_metadata == metadata
-    loaded_training = load_training(tmp_path / "it.ckpt")
+    assert found.metadata == metadata
     assert torch.equal(loaded_training.pop("logits"), training.pop("logits"))
     assert loaded_training == training
-    assert not is_bare(tmp_path / "it.ckpt")
+    assert not found.bare
     expected = "recipe best, 30 epochs, seed 7, trained on synthetic"
-    assert describe_checkpoint(loaded_metadata) == expected
+    assert describe_checkpoint(found.metadata) == expected
 
 
 def test_a_bare_checkpoint_is_read_in_the_range_that_it_is_said_to_have(tmp_path):
     model, path = new_model(), tmp_path / "bare.ckpt"
     torch.save({"model_state_dict": model.state_dict()}, path)
     for pixel_range in (None, (-1.0, 1.0), (0.0, 1.0)):
-        loaded, metadata = load_checkpoint(path, pixel_range)
+        found = load_checkpoint(path, pixel_range)
         expected = with_pixel_range(model, pixel_range or COURSE_RANGE)
-        assert torch.equal(predict_logits(loaded, IMAGES), predict_logits(expected, IMAGES))
-        assert metadata == {}
-    assert is_bare(path)
-    assert load_training(path) == {}
+        assert torch.equal(predict_logits(found.model, IMAGES), predict_logits(expected, IMAGES))
+        assert (found.metadata, found.training, found.bare) == ({}, {}, True)
     assert describe_checkpoint({}) == "of unknown training"
 
 
@@ -215,6 +211,8 @@ def test_a_range_for_a_checkpoint_that_has_its_own_is_refused(tmp_path):
     save_checkpoint(tmp_path / "it.ckpt", new_model(), {})
     with pytest.raises(UserError, match="its own pixel range, -1,1; omit --pixel-range"):
         load_checkpoint(tmp_path / "it.ckpt", (-1.0, 1.0))
+    found = load_checkpoint(tmp_path / "it.ckpt", (0.0, 1.0), alone=False)
+    assert found.model.pixel_range == (-1.0, 1.0)
 
 
 def prefixed(prefix):
@@ -245,7 +243,7 @@ def prefixed(prefix):
 def test_what_common_tools_write_is_taken(content, zipped):
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    loaded, _ = load_checkpoint(file)
+    loaded = load_checkpoint(file).model
     assert loaded.pixel_range == (-1, 1)
     assert torch.equal(predict_logits(loaded, IMAGES), predict_logits(new_model(), IMAGES))
 
@@ -255,7 +253,7 @@ def test_the_reports_model_gives_the_reports_two_rows():
     dev = open_data(str(COURSE_DATA)).load("dev")
     expected = {(0.0, 1.0): (0.891, 0.779, 0.773), (-1.0, 1.0): (0.872, 0.609, 0.526)}
     for pixel_range, row in expected.items():
-        model, _ = load_checkpoint(COURSE_DATA / "seed-model.ckpt", pixel_range)
+        model = load_checkpoint(COURSE_DATA / "seed-model.ckpt", pixel_range).model
         scores = evaluate(dev.labels, predict_logits(model, dev.images).argmax(dim=1))
         ours = (scores["accuracy"], scores["balanced_accuracy"], scores["g_mean"])
         assert ours == pytest.approx(row, abs=0.0005)
@@ -539,6 +537,32 @@ def test_tensors_that_reach_beyond_their_storage_are_refused(offset, size, strid
     assert refusal_of(content, tmp_path / "x") == "not a file of torch.save, or cut short"
 
 
+def test_tuples_of_tuples_of_tuples_take_no_time(tmp_path):
+    """40 levels, each of the one below twice: to hash, compare or print it takes forever."""
+    huge = b")" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(40))
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\n" + huge + b"X\3\0\0\0cpuK\4tQ"
+    named = storage.replace(b"ctorch\nFloatStorage\n" + huge, huge + b"X\1\0\0\0a")
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    keyed = storage.replace(huge, b"X\1\0\0\0a")
+    view = rebuild + b"(" + keyed + b"K\0" + huge + b")\x89}tR"
+    for opcodes in (
+        b"}" + huge + b"Ns",
+        storage,
+        named,
+        view,
+        huge + b")R",
+        b"}X\1\0\0\0x" + huge + b"s",
+    ):
+        for content in (
+            with_pickle(opcodes, {"archive/data/a": bytes(16)}),
+            old_format(b"\x80\x02" + opcodes + b"."),
+        ):
+            assert refusal_of(content, tmp_path / "x")
+    keys = old_format(b"\x80\x02}.").replace(b"\x80\x02]q\x00.", b"\x80\x02]" + huge + b"a.")
+    assert huge in keys
+    assert refusal_of(keys, tmp_path / "x")
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_torch_save_are_read_as_torch_reads_them(protocol, zipped):
@@ -606,14 +630,13 @@ def test_what_training_leaves_beside_the_weights_is_taken():
     content = {"state_dict": prefixed(""), "milestones": Counter({3: 1}), "size": torch.Size([3])}
     content |= {"classes": {1, 2}, "device": torch.device("cpu"), "names": {"a": (1, ["b"])}}
     content |= {"accuracy": np.float64(0.5), "epoch": np.int64(3), "hash": b"x", "type": torch.half}
-    assert load_checkpoint(io.BytesIO(saved(content)))[1] == {}
+    assert load_checkpoint(io.BytesIO(saved(content))).metadata == {}
 
 
 def test_files_that_can_not_be_read_are_named(tmp_path):
     for path, reason in ((tmp_path / "missing", "No such file"), (tmp_path, "Is a directory")):
-        for load in (load_checkpoint, load_training, is_bare):
-            with pytest.raises(UserError, match=f"^{path}: {reason}"):
-                load(path)
+        with pytest.raises(UserError, match=f"^{path}: {reason}"):
+            load_checkpoint(path)
     with (tmp_path / "large").open("wb") as file:
         file.truncate(2**28 + 1)
     with pytest.raises(UserError, match="large: is larger than 256 MB"):

@@ -132,7 +132,8 @@ def test_a_run_leaves_a_model_a_figure_predictions_and_their_scores(
     expected = metrics.evaluate(dev.labels, predicted)
     assert found["interval"] == expected["interval"]
 
-    model, metadata = load_checkpoint(Path("out/naive.ckpt"))
+    found = load_checkpoint(Path("out/naive.ckpt"))
+    model, metadata = found.model, found.metadata
     probabilities = predict_logits(model, dev.images).softmax(dim=1)
     for row, expected in zip(rows, probabilities.tolist(), strict=True):
         assert [float(row[name]) for name in CLASSES] == pytest.approx(expected, abs=2e-6)
@@ -346,7 +347,9 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_that_was_never_stopped(
     assert run_script(training, *whole)[0] == 0
     assert without_times(numbers_of(folder="whole")) == resumed
     for name in ("transforms", "transforms-seed1"):
-        models = [load_checkpoint(Path(folder, f"{name}.ckpt"))[0] for folder in ("out", "whole")]
+        models = [
+            load_checkpoint(Path(folder, f"{name}.ckpt")).model for folder in ("out", "whole")
+        ]
         weights = [list(model.parameters()) for model in models]
         assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
 
@@ -444,7 +447,7 @@ def test_settings_that_were_found_are_trained_as_a_recipe(run_training, no_figur
     assert run_training("--settings", "tuning.json", "--epochs", 1)[0] == 0
     (recipe,) = (found["recipe"] for found in numbers_of()["recipes"].values())
     assert recipe == asdict(replace(TUNED, name="found", epochs=1, **settings))
-    assert load_checkpoint(Path("out/found.ckpt"))[1]["recipe"] == recipe
+    assert load_checkpoint(Path("out/found.ckpt")).metadata["recipe"] == recipe
 
 
 def best(**settings):
@@ -507,7 +510,7 @@ def test_corrected_labels_are_trained_on_and_those_of_other_data_refused(
     Path("fixes.csv").write_text(format_corrections(train, corrections))
     options = ("--recipe", "naive", "--epochs", 1, "--labels", "fixes.csv")
     assert run_training(*options)[0] == 0
-    metadata = load_checkpoint(Path("out/naive.ckpt"))[1]
+    metadata = load_checkpoint(Path("out/naive.ckpt")).metadata
     assert metadata["trained_on"]["class_counts"] == {"car": 41, "truck": 12, "cat": 7}
     assert metadata["trained_on"] == {"name": "course", **numbers_of()["data"]["splits"]["train"]}
     other = make_dataset("dev")
