@@ -1,4 +1,4 @@
-"""Step 5: noise that people hardly notice fools a model; a robust model withstands it.
+"""Step 5: noise that people hardly notice fools a model; a robust model withstands more of it.
 
     python adversarial.py
     python adversarial.py --epsilons 0.01 0.02 0.05 --checkpoint models/best.ckpt
@@ -37,6 +37,7 @@ from common.model import (
     Classifier,
     choose_device,
     describe_checkpoint,
+    finite_logits,
     load_checkpoint,
     predict_logits,
     save_checkpoint,
@@ -590,10 +591,11 @@ def main() -> None:
     targets = {}
     for name, checkpoint in loaded.items():
         model, metadata = checkpoint.model, {"file": paths[name].name, **checkpoint.metadata}
+        logits = finite_logits(model, dev.images, str(paths[name]))
         found = attack_all(
             model, training_set, dev, epsilons, arguments.seed, arguments.quick, name == "plain"
         )
-        targets[name] = Target(model, metadata, predict_logits(model, dev.images), found)
+        targets[name] = Target(model, metadata, logits, found)
 
     summaries = {name: summarize(each, dev.labels) for name, each in targets.items()}
     numbers = {"images": len(dev), "models": summaries}

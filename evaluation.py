@@ -34,9 +34,9 @@ from common.metrics import SCORE_TITLES
 from common.model import (
     ASSUMED_RANGE,
     Checkpoint,
-    Classifier,
     choose_device,
     describe_checkpoint,
+    finite_logits,
     load_checkpoint,
     predict_logits,
     with_pixel_range,
@@ -62,11 +62,12 @@ MODELS_SHOWN = 60  # in the figure of a ranking
 IMAGES_SHOWN = 12  # in the figure of --image
 
 # Limits for files that other people hand in.
-MAX_CHECKPOINT_SIZE = 2**26  # bytes; the largest in models/ has 2.4 MB
-MAX_ZIP_SIZE = 2**28  # bytes
+MAX_CHECKPOINT_SIZE = 2**26  # bytes; the largest in models/ has 1.2 million
+MAX_ZIP_SIZE = 2**27  # bytes
 MAX_PER_ZIP = 10  # checkpoints
 SUFFIXES = (".ckpt", ".pt", ".pth")
 MAX_NAME_LENGTH = 60  # in tables and figures
+MAX_FILE_NAME = 40  # letters of a model's name in that of a file
 UNREAD_SHOWN = 10  # names of files that are not read
 
 
@@ -134,7 +135,7 @@ def _short(name: str) -> str:
 def _checkpoints_in_zip(path: Path) -> list[str]:
     """Return the checkpoint that report.py packed, or else all of them; [""] if that is no use."""
     try:
-        if path.stat().st_size > MAX_ZIP_SIZE:
+        if not path.is_file() or path.stat().st_size > MAX_ZIP_SIZE:
             return [""]
         with zipfile.ZipFile(path) as archive:
             names = dict.fromkeys(archive.namelist())
@@ -218,14 +219,6 @@ def load(source: Source, arguments: argparse.Namespace, alone: bool = True) -> C
     return found
 
 
-def predict(source: Source, model: Classifier, images: Tensor) -> Tensor:
-    """Return the logits of images; refuse a model whose logits are not finite."""
-    logits = predict_logits(model, images)
-    if not logits.isfinite().all():
-        raise UserError(f"{source.name}: its logits are NaN or infinite")
-    return logits
-
-
 def evaluate(
     source: Source, dataset: Dataset, arguments: argparse.Namespace, alone: bool = True
 ) -> Evaluated:
@@ -235,7 +228,7 @@ def evaluate(
     """
     loaded = load(source, arguments, alone)
     model = loaded.model
-    logits = predict(source, model, dataset.images)
+    logits = finite_logits(model, dataset.images, source.name)
     scores = metrics.evaluate(dataset.labels, logits.argmax(dim=1))
     found = Evaluated(source.name, loaded.metadata, logits, scores)
     if loaded.bare and not arguments.pixel_range:
@@ -277,7 +270,7 @@ def print_scores(found: Evaluated, report: dict[str, float]) -> None:
 
 
 def _format_interval(ends: Sequence[float], sign: str = "") -> str:
-    return f"[{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
+    return f"[{ends[0]:{sign}z.3f}, {ends[1]:{sign}z.3f}]"
 
 
 def print_remarks(found: Evaluated, dataset: Dataset) -> None:
@@ -289,7 +282,7 @@ def print_remarks(found: Evaluated, dataset: Dataset) -> None:
     )
     for name, count in zip(CLASS_NAMES, dataset.class_counts, strict=True):
         if count < SMALL_CLASS:
-            cli.say(f"Only {count} images of class {name}: each is {1 / count:.1%} of its recall.")
+            cli.say(f"Only {count} images of {name}: one changes the recall by {1 / count:.1%}.")
     if found.other_range:
         cli.say(describe_pixel_range(found))
 
@@ -390,12 +383,18 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
 
 
 def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evaluated]:
-    """Return the models from best to worst, each compared with the best; ties share a rank."""
+    """Return the models from best to worst, each compared with the best; ties share a rank.
+
+    The best of many models owes its rank to luck, too. So the intervals of all comparisons hold
+    at once: of equally good models, each is called worse with at most 5% probability.
+    """
     models = sorted(models, key=lambda model: _rounded(model, rank_by), reverse=True)
     values, best = [_rounded(model, rank_by) for model in models], models[0].predicted
     for model, value in zip(models, values, strict=True):
         model.rank = 1 + values.index(value)
-        model.to_best = metrics.compare(dataset.labels, model.predicted, best, rank_by)
+        model.to_best = metrics.compare(
+            dataset.labels, model.predicted, best, rank_by, comparisons=max(1, len(models) - 1)
+        )
     return models
 
 
@@ -416,30 +415,37 @@ def save_ranking(
     rank_by: str,
 ) -> None:
     """Write ranking.json, ranking.csv for grading, the figure, and each model's predictions."""
+    files = name_predictions(models)
     entries = [
         {
             "name": model.name,
+            "predictions": file,
             "rank": model.rank,
             **model.scores,
             "to_best": model.to_best,
             "fed_0_to_1": model.other_range,
             "checkpoint": model.metadata,
         }
-        for model in models
+        for model, file in zip(models, files, strict=True)
     ]
     numbers = {"rank_by": rank_by, "split": dataset.split}
     numbers |= {"models": entries, "not_evaluated": dict(failed)}
     results.save_json("ranking", numbers)
     results.save_text("ranking.csv", format_ranking(models, failed, rank_by))
     results.save_figure("ranking", draw_ranking(models[:MODELS_SHOWN], rank_by))
-    taken = set()
+    for model, file in zip(models, files, strict=True):
+        results.save_text(file, metrics.format_predictions(dataset.labels, model.logits))
+
+
+def name_predictions(models: list[Evaluated]) -> list[str]:
+    """Return a name for the file of each model's predictions; equal ones are numbered."""
+    files: dict[str, str] = {}
     for model in models:
-        name = re.sub(r"[^\w.-]+", "_", model.name.removesuffix(".ckpt"), flags=re.ASCII)[:100]
-        while name.lower() in taken:
-            name += "_"
-        taken.add(name.lower())
-        text = metrics.format_predictions(dataset.labels, model.logits)
-        results.save_text(f"predictions-{name}.csv", text)
+        name = re.sub(r"[^\w.-]+", "_", model.name.removesuffix(".ckpt"))[:MAX_FILE_NAME]
+        numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        free = next(each for each in numbered if each.casefold() not in files)
+        files[free.casefold()] = f"predictions-{free}.csv"
+    return list(files.values())
 
 
 def format_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_by: str) -> str:
@@ -479,14 +485,17 @@ def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_b
         table, best = model.table(), model.to_best
         value, *ends = table[rank_by]
         row = [_short(model.name), f"{model.rank}", f"{value:.3f} {_format_interval(ends)}"]
-        row += [f"{best['difference']:+.3f} {_format_interval(best['interval'], '+')}"]
+        row += [f"{best['difference']:+z.3f} {_format_interval(best['interval'], '+')}"]
         rows.append(row + [f"{table[key][0]:.3f}" for key in others])
     rows[0][3] = ""
     headers = ["model", "rank", SCORE_TITLES[rank_by], "difference from the best"]
     cli.print_table(headers + list(others.values()), rows)
     for name, reason in failed:
         cli.say(f"{_short(name).ljust(max(len(row[0]) for row in rows))}  not evaluated: {reason}")
-    cli.say("\nIn brackets: 95% intervals. The last columns: recall of each class.")
+    cli.say(
+        "\nIn brackets: 95% intervals. Those of the differences hold all at once (Bonferroni), as"
+        "\nthe best was chosen on these images. The last columns: recall of each class."
+    )
 
 
 def describe_ties(models: list[Evaluated]) -> list[str]:
@@ -508,10 +517,10 @@ def describe_ties(models: list[Evaluated]) -> list[str]:
 def describe_metrics(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[str]:
     """Say what each metric rewards, and how much the ranking depends on the metric."""
     counts = dataset.class_counts
-    always = f'Always predicting "{CLASS_NAMES[int(np.argmax(counts))]}" has'
+    always = f'Always predicting "{CLASS_NAMES[int(np.argmax(counts))]}" scores'
     rewards = {
         "accuracy": f"the largest class. {always} {max(counts) / len(dataset):.3f}",
-        "balanced_accuracy": "all classes alike, but one may be given up for another. "
+        "balanced_accuracy": "all classes alike, but one can be traded for another. "
         f"{always} {1 / len(CLASS_NAMES):.3f}",
         "g_mean": f"the weakest class: if it is never recognized, nothing else counts. {always} 0",
     }
@@ -521,9 +530,10 @@ def describe_metrics(models: list[Evaluated], dataset: Dataset, rank_by: str) ->
         first = [m.name for m, v in zip(models, values, strict=True) if v == max(values)]
         text = f"- {SCORE_TITLES[score]} rewards {reward}. First here: {_enumerate(first, 3)}"
         if score != rank_by:
-            pairs = list(itertools.combinations(values, 2))
-            swapped = sum(after > before for before, after in pairs)
-            text += f"; {swapped} of {len(pairs)} pairs in another order than by {chosen}"
+            by_rank = zip((_rounded(model, rank_by) for model in models), values, strict=True)
+            pairs = [(b, w) for b, w in itertools.combinations(by_rank, 2) if b[0] > w[0]]
+            reversed_ = sum(better[1] < worse[1] for better, worse in pairs)
+            text += f"; of the {len(pairs)} pairs that {chosen} orders, it reverses {reversed_}"
         texts.append(text + ".")
     texts.append(
         "Our answer: G-mean, since no class matters more than another and none may be given up. "
@@ -570,7 +580,7 @@ def classify_files(arguments: argparse.Namespace) -> None:
     if loaded.bare and not arguments.pixel_range:
         cli.say(ASSUMED_RANGE)
     names, images = read_images(arguments.image)
-    probabilities = predict(source, model, images).softmax(dim=1)
+    probabilities = finite_logits(model, images, source.name).softmax(dim=1)
     predicted = probabilities.argmax(dim=1)
     shown = slice(IMAGES_SHOWN)
     maps = saliency(model, to_float(images[shown]), predicted[shown])

@@ -74,7 +74,7 @@ def is_chance_level(logits: Tensor, labels: Tensor) -> bool:
 def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction]:
     """Return a correction for each flagged label, the most probably wrong first.
 
-    Of near-duplicates with different labels, one label must be wrong: the less probable one is
+    Of near-duplicates with different labels, one label is probably wrong: the less probable one is
     always flagged. No class loses its last image to accepted corrections.
     """
     labels, images = dataset.labels.numpy(), np.arange(len(dataset))
@@ -104,7 +104,7 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
         UserError: the file is broken.
     """
     if path.exists():
-        found = re.search(r"fingerprint (\w{1,40})", _first_line(path))
+        found = re.search(r"labels of .+fingerprint (\w{1,40})", _first_line(path))
         if found and found[1] != dataset.fingerprint:
             other = _set_aside(path, found[1])
             path.replace(other)

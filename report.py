@@ -29,7 +29,15 @@ from typing import Any
 
 from common import cli, metrics
 from common.cli import PROJECT, UserError
-from common.data import CLASS_NAMES, PREPARED, SPLITS, describe, open_data, read_corrections
+from common.data import (
+    CLASS_NAMES,
+    PREPARED,
+    SPLITS,
+    Dataset,
+    describe,
+    open_data,
+    read_corrections,
+)
 from common.metrics import SCORE_TITLES
 from common.model import choose_device, describe_checkpoint, load_checkpoint
 
@@ -40,6 +48,7 @@ from PIL import Image
 
 MAX_STEP_SECONDS = 1e7
 SECONDS_FOR_CTRL_C = 2.0  # that a script has to stop by itself
+SECONDS_TO_LOCK = 10  # after that, a lock without an owner is that of a killed process
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
     "*.py *.html README.md requirements*.txt pyproject.toml Makefile LICENSE common/*.py "
@@ -113,10 +122,10 @@ class Report:
         self.versions = cli.versions()
         choose_device(arguments.device)
         source = open_data(arguments.data)
-        # `auto` must not become another set halfway, when the network is there again.
+        # If the network comes back halfway, `auto` must not switch to another data set.
         self.data_option = source.name if source.name in PREPARED else arguments.data
-        self.train, dev = (source.load(split, arguments.quick) for split in SPLITS)
-        self.data = describe(self.train, dev)
+        self.train, self.dev = (source.load(split, arguments.quick) for split in SPLITS)
+        self.data = describe(self.train, self.dev)
         if arguments.labels:
             read_corrections(arguments.labels, self.train)
         if arguments.checkpoint:
@@ -148,9 +157,13 @@ class Report:
         """Return the command-line options for a step's script."""
         arguments = self.arguments
         seeds = arguments.seed if step.all_seeds else arguments.seed[:1]
-        options = [option.format_map(self.paths) for option in step.command.split()[1:]]
-        options += ["--data", self.data_option, "--device", arguments.device]
-        options += ["--seed", ",".join(map(str, seeds)), "--out", str(self.paths[step.name])]
+        named = step.command.split()[1:]
+        options = [
+            to_argument(each.format_map(self.paths)) if "{" in each else each for each in named
+        ]
+        options += ["--data", to_argument(self.data_option), "--device", arguments.device]
+        options += ["--seed", ",".join(map(str, seeds))]
+        options += ["--out", to_argument(str(self.paths[step.name]))]
         if step.name == "model" and arguments.pixel_range:
             options += ["--pixel-range", "{:g},{:g}".format(*arguments.pixel_range)]
         return [*options, "--quick"] if arguments.quick else options
@@ -218,23 +231,24 @@ class Report:
 
     def compare(self, run: str, baseline: str) -> dict[str, Any]:
         """Return the paired differences between two recipes of different steps."""
-        (labels, predicted), (_, others) = self.predictions(run), self.predictions(baseline)
+        predicted, others, labels = *map(self.predictions, (run, baseline)), self.dev.labels
         return {score: metrics.compare(labels, predicted, others, score) for score in SCORE_TITLES}
 
-    def predictions(self, run: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return dev's labels [N] and the predicted classes [seeds, N] of a recipe of a step."""
+    def predictions(self, run: str) -> np.ndarray:
+        """Return the classes, [seeds, N], that a recipe of a step predicts for dev."""
         step, recipe = run.split("/")
         names = [recipe, *(f"{recipe}-seed{seed}" for seed in self.arguments.seed[1:])]
-        runs = [read_predictions(self.paths[step] / f"predictions-{name}.csv") for name in names]
-        return runs[0][0], np.stack([predicted for _, predicted in runs])
+        files = [self.paths[step] / f"predictions-{name}.csv" for name in names]
+        return np.stack([read_predictions(file, self.dev) for file in files])
 
     def without_near_duplicates(self) -> dict[str, Any]:
         """Return the scores of the model to hand in on dev without near-duplicates of train."""
-        labels, predicted = read_predictions(self.paths["model"] / "predictions.csv")
+        labels = self.dev.labels.numpy()
+        predicted = read_predictions(self.paths["model"] / "predictions.csv", self.dev)
         path = self.paths["data"] / "inspectData.json"
         with step_file(path):
             pairs = cli.read_json(path)["near_duplicates"]
-        others = np.delete(np.arange(len(labels)), [pair["dev"] for pair in pairs])
+            others = np.delete(np.arange(len(labels)), [pair["dev"] for pair in pairs])
         whole = len(np.unique(labels[others])) == len(CLASS_NAMES)  # else there is no G-mean
         scores = metrics.evaluate(labels[others], predicted[others]) if whole else None
         return {"images": len(labels) - len(others), "others": scores}
@@ -243,7 +257,14 @@ class Report:
         """Write the page; return its path."""
         path, files = self.folder / "index.html", Files(self.folder / "steps")
         facts = {"about": self.about(), "machine": describe_machine()}
-        cli.write_text(path, cli.render("report.html", report=self, files=files, **facts))
+        try:
+            page = cli.render("report.html", report=self, files=files, **facts)
+        except UserError:
+            raise
+        except Exception as error:  # of any kind, if somebody has edited a file
+            with step_file(files.latest):
+                raise ValueError("lacks what the page shows") from error
+        cli.write_text(path, page)
         return path
 
     def about(self) -> dict[str, str]:
@@ -321,6 +342,11 @@ def run_script(script: str, options: list[str], printed: Any) -> None:
         sys.exit(status)
 
 
+def to_argument(path: str) -> str:
+    """Return a path as a command-line argument, which no script takes for an option."""
+    return f"./{path}" if path.startswith("-") else path
+
+
 def describe_machine() -> str:
     """Describe the machine in a few words."""
     processor = platform.processor() or platform.machine()
@@ -345,8 +371,9 @@ def locked(folder: Path) -> Iterator[None]:
     """
     lock = folder / "running.pid"
     with contextlib.suppress(OSError, ValueError, OverflowError):
-        owner = int(lock.read_text(encoding="utf-8"))
-        if owner == os.getpid() or not psutil.pid_exists(owner):
+        owner = lock.read_text(encoding="utf-8")
+        just_made = time.time() - lock.stat().st_mtime < SECONDS_TO_LOCK
+        if not (psutil.pid_exists(int(owner)) if owner else just_made) or owner == str(os.getpid()):
             lock.unlink()
     try:
         file = lock.open("x", encoding="utf-8")
@@ -370,23 +397,19 @@ def step_file(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, OSError, ValueError, KeyError, csv.Error) as error:
+    except (UserError, OSError, ValueError, LookupError, TypeError, csv.Error) as error:
         message = f"{path}: can't be read; delete {path.parent} to run this step again"
         raise UserError(message) from error
 
 
-def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels [N] and the predicted classes [N] of a predictions file."""
+def read_predictions(path: Path, dataset: Dataset) -> np.ndarray:
+    """Return the predicted classes [N] of a predictions file of a data set."""
     with step_file(path):
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        if not rows:
-            raise ValueError("no images")
-        labels, predicted = (
-            np.array([CLASS_NAMES.index(row[column]) for row in rows])
-            for column in ("label", "predicted")
-        )
-    return labels, predicted
+        if [row["label"] for row in rows] != [CLASS_NAMES[label] for label in dataset.labels]:
+            raise ValueError("of other images")
+        return np.array([CLASS_NAMES.index(row["predicted"]) for row in rows])
 
 
 # ---- the page -------------------------------------------------------------------------------
@@ -411,14 +434,15 @@ class Files:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self.latest = folder  # latest: the file that was asked for last
         self.read: dict[str, Any] = {}
 
     def value(self, file: str, path: str = "") -> Any:
         """Return the value at a path of keys in a JSON file, such as recipes/training.json."""
+        self.latest = self.folder / file
         if file not in self.read:
-            with step_file(self.folder / file):
-                self.read[file] = cli.read_json(self.folder / file)
+            with step_file(self.latest):
+                self.read[file] = cli.read_json(self.latest)
         found = self.read[file]
         for key in filter(None, path.split("/")):
             found = found[int(key) if isinstance(found, list) else key]
@@ -478,8 +502,10 @@ class Files:
 def hand_in_name(text: str) -> Path:
     """Parse the name of the file to hand in, whose folder must exist."""
     path = Path(text.removesuffix(".zip"))
-    if not path.name or not path.parent.is_dir():
+    if path.name in ("", "..") or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r}: no such folder, or no name in it")
+    if path.name != path.name.encode(errors="replace").decode():
+        raise argparse.ArgumentTypeError(f"{text!r}: a zip file can't have such a name")
     return path
 
 

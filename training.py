@@ -11,6 +11,7 @@ is `train` in common/train.py.
 """
 
 import argparse
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ from common.model import (
     Classifier,
     choose_device,
     describe_checkpoint,
+    finite_logits,
     load_checkpoint,
     predict_logits,
     save_checkpoint,
@@ -46,7 +48,7 @@ from common.recipes import (
     Recipe,
     with_epochs,
 )
-from common.train import Run, describe_run, filter_labels, parallel_map, train
+from common.train import IGNORE_INDEX, Run, describe_run, filter_labels, parallel_map, train
 
 import numpy as np
 import torch
@@ -115,13 +117,14 @@ def train_recipes(
             name = f"{recipe.name}-seed{seed}" if number else recipe.name
             path = results.folder / f"{name}.ckpt"
             metadata = describe_run(recipe, dataset, seed, device) | {"dev": dev.fingerprint}
-            earlier = find_earlier(path, metadata) if arguments.resume else {}
+            earlier = find_earlier(path, metadata, recipe, dataset, dev) if arguments.resume else {}
             kept = dataset
             if "labels" in earlier:
                 kept = replace(dataset, labels=earlier["labels"])
             elif "logits" not in earlier:
                 kept = filter_labels(recipe, dataset, seed, device)
-            jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier, number))
+            position = len(jobs) % (os.cpu_count() or 1)
+            jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier, position))
     threads = max(recipe.threads for recipe in recipes)
     trained = list(parallel_map(train_run, jobs, device, "runs", threads))
     results.written += [run.checkpoint for run in trained]
@@ -183,11 +186,13 @@ def train_run(
     return Trained(recipe, seed, path, logits, history)
 
 
-def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+def find_earlier(
+    path: Path, metadata: dict[str, Any], recipe: Recipe, dataset: Dataset, dev: Dataset
+) -> dict[str, Any]:
     """Return the training state of an earlier run with the same metadata, {} if there is none.
 
     Raises:
-        UserError: there is one with other settings, which would be overwritten.
+        UserError: there is one with other settings, which would be overwritten, or a damaged one.
     """
     for file in (path.with_suffix(".unfinished.ckpt"), path):
         if file.exists():
@@ -198,8 +203,33 @@ def find_earlier(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
                     f"{file}: comes from a run with another {' and '.join(other)}; repeat that "
                     "run's command, or omit --resume to overwrite the file"
                 )
+            try:
+                whole = is_whole(found.training, recipe, dataset, dev)
+            except Exception:  # a damaged state can fail in any way
+                whole = False
+            if not whole:
+                raise UserError(f"{file}: its training state is damaged; delete it to start anew")
             return found.training
     return {}
+
+
+def is_whole(state: dict[str, Any], recipe: Recipe, dataset: Dataset, dev: Dataset) -> bool:
+    """Return whether a training state is as `train_run` saves it; a damaged one may also raise."""
+    history, logits = state["history"], state.get("logits")
+    for epoch in history:
+        np.array([epoch[name] for name in ("loss", "seconds", *SCORE_TITLES)], dtype=float)
+        np.array(epoch["recall"], dtype=float).reshape(len(CLASS_NAMES))
+    if logits is not None:
+        fits = logits.dtype == torch.float32 and logits.shape == (len(dev), len(CLASS_NAMES))
+        return fits and bool(logits.isfinite().all()) and len(history) == recipe.epochs
+    run, labels = Run(recipe, len(dataset), torch.device("cpu")), state["labels"]
+    run.load_state_dict(state["run"])
+    fits = labels.dtype == torch.int64 and labels.shape == dataset.labels.shape
+    return (
+        fits
+        and run.epoch == len(history)
+        and set(labels.tolist()) <= {IGNORE_INDEX, *range(len(CLASS_NAMES))}
+    )
 
 
 # ---- summaries ------------------------------------------------------------------------------
@@ -331,7 +361,7 @@ def show_mismatch(
     own = model.pixel_range
     other = (0.0, 1.0) if own == (-1.0, 1.0) else (-1.0, 1.0)
     right, wrong = (
-        predict_logits(each, dev.images).argmax(dim=1).numpy()
+        finite_logits(each, dev.images, origin["file"]).argmax(dim=1).numpy()
         for each in (model, with_pixel_range(model, other))
     )
     scores = {

@@ -141,13 +141,13 @@ def hide_password(url: str) -> str:
 
 
 @contextmanager
-def storage_errors(shown: str) -> Iterator[None]:
-    """Turn database errors into one line that names the database."""
+def storage_errors(shown: str, *others: type[Exception]) -> Iterator[None]:
+    """Turn database errors, and others, into one line that names the database."""
     try:
         yield
     except ImportError as error:
         raise UserError(f"--storage {shown}: its driver is not installed") from error
-    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, *others) as error:
         raise UserError(f"--storage {shown}: can't be reached, or is not Optuna's") from error
 
 
@@ -212,7 +212,6 @@ def search(
         score: of a recipe; the higher, the better.
         after_trial: called after each.
     """
-    end_killed_trials(study)
     done, own = complete_trials(study), settings_of(recipe)
     if own not in [trial.params for trial in done]:
         study.enqueue_trial(own)
@@ -350,8 +349,12 @@ def main() -> None:
     def score(tried: Recipe) -> float:
         return g_mean(searched.labels, cross_val_logits(tried, searched, seed, device))
 
-    with storage_errors(arguments.storage or str(results.folder / "tuning.db")):
+    database = arguments.storage or str(results.folder / "tuning.db")
+    with storage_errors(database, Exception):  # a damaged one can fail in any way
         study = open_study(url, results.folder, study_name(recipe, dataset, seed))
+        end_killed_trials(study)
+        complete_trials(study)
+    with storage_errors(database):
         trials = arguments.trials or (3 if arguments.quick else TRIALS)
 
         def save() -> None:  # after each trial, so that intermediate results can be used

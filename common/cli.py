@@ -1,12 +1,14 @@
 """The command line of every script: options, errors, tables, and result files."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import os
 import re
 import signal
+import stat
 import sys
 import tempfile
 import textwrap
@@ -15,13 +17,14 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
-MAX_JSON_SIZE = 2**26  # bytes
+MAX_JSON_SIZE = 2**25  # bytes
+MAX_FOLDER_NAME = 60  # letters: with four bytes each, names of files may have 63
 FIGURE_DPI = 150
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
 OWNER = "data_folder.txt"  # in a folder of results: the path of the data that they are of
@@ -205,16 +208,24 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except UserError as error:
         say(f"error: {' '.join(str(error).split())}", error=True)
-        sys.exit(2)
+        _exit(2)
     except KeyboardInterrupt:
         say_stopped("stopped; files that were already written are complete")
-        sys.exit(130)
+        _exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _exit(1)
     except OSError as error:
         say(f"error: {error.filename or 'output'}: {error.strerror or 'failed'}", error=True)
-        sys.exit(2)
+        _exit(2)
+
+
+def _exit(status: int) -> NoReturn:
+    """Exit; drop what stdout can't take, about which Python would complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def _prepare_process() -> None:
@@ -225,8 +236,9 @@ def _prepare_process() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         if hasattr(getattr(sys, name), "reconfigure"):  # not so in IDLE and Jupyter
             getattr(sys, name).reconfigure(errors="replace")  # for characters it does not have
-    if PARENT in os.environ and os.name != "nt":  # on Windows, a process keeps its parent's id
-        threading.Thread(target=_stop_with, args=[int(os.environ[PARENT])], daemon=True).start()
+    parent = os.environ.get(PARENT, "")
+    if parent.isdecimal() and os.name != "nt":  # on Windows, a process keeps its parent's id
+        threading.Thread(target=_stop_with, args=[int(parent)], daemon=True).start()
 
 
 def _stop_with(parent: int) -> None:
@@ -246,15 +258,17 @@ def read_bytes(path: Path, limit: int) -> bytes:
         UserError: it can't be read, or is larger.
     """
     try:
-        size = path.stat().st_size
+        mode, size = path.stat().st_mode, path.stat().st_size
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a device or a pipe may never end
+            raise UserError(f"{path}: not a file on a disk")
         if size > limit:
             raise UserError(f"{path}: is larger than {limit // 2**20} MB, the most that is read")
         with path.open("rb") as file:
-            content = file.read(size + 1)  # a device or a pipe says 0, and may never end
+            content = file.read(size + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'not readable'}") from error
     if len(content) > size:
-        raise UserError(f"{path}: not a file on a disk, or still being written")
+        raise UserError(f"{path}: still being written")
     return content
 
 
@@ -286,7 +300,8 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror or 'failed'}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as: its name is too long
+            part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -323,7 +338,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of write_atomic whose processes were killed."""
     for part in folder.glob(".*.part*"):
         found = re.search(r"\.(\d{1,9})\.part", part.name)
-        if found and not psutil.pid_exists(int(found[1])):
+        if found and part.is_file() and not psutil.pid_exists(int(found[1])):
             part.unlink(missing_ok=True)
 
 
@@ -342,7 +357,7 @@ class Results:
     def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
         quick = "-quick" if arguments.quick else ""  # a dry run must not overwrite real results
         owner = data.get("path", "")
-        self.folder = arguments.out or _free_folder(data["name"] + quick, owner)
+        self.folder = arguments.out or _free_folder(data["name"][:MAX_FOLDER_NAME] + quick, owner)
         self.settings = vars(arguments)
         self.data = {key: value for key, value in data.items() if key != "path"}  # it is private
         self.written: list[Path] = []

@@ -35,7 +35,8 @@ DATA_FOLDER = PROJECT / "data"
 PREPARED = ("cifar10", "synthetic")  # made by data/cifar10.py and data/synthetic.py
 OTHER_SPLITS = ("val", "valid", "validation", "test")  # a note says that they are not read
 
-MAX_FILE_SIZE = 2**24  # bytes, of an image or of label corrections
+MAX_FILE_SIZE = 2**24  # bytes, of an image
+MAX_ROW_SIZE = 200  # bytes, of a row of label corrections, on average
 MAX_PIXELS = 50_000_000  # of an image that is to be scaled down
 
 
@@ -508,7 +509,7 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
     Raises:
         UserError: there is no such file, it is broken, or it was made for other data.
     """
-    content = read_bytes(path, MAX_FILE_SIZE)
+    content = read_bytes(path, 2**20 + MAX_ROW_SIZE * len(dataset))
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     lines = content.decode(encoding, errors="replace").splitlines()
     lines = [line for line in lines if line.strip(' ,;\t"') and not line.startswith("sep=")]

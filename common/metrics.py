@@ -19,7 +19,7 @@ SCORE_TITLES = {
     "balanced_accuracy": "balanced accuracy",
     "g_mean": "G-mean",
 }
-TAILS = (0.025, 0.975)  # of a 95% interval
+TAIL = 0.025  # on each side of a 95% interval
 DRAWS = 10_000  # from a posterior: an interval's ends then vary in the third digit
 PSEUDO_WEIGHT = 0.5  # of each joint outcome of two models: Jeffreys' prior of a multinomial
 BINS = 10  # of confidence, for calibration
@@ -131,7 +131,7 @@ def jeffreys_interval(successes: int, total: int) -> tuple[float, float]:
 
     It ends at 0 if nothing succeeded and at 1 if everything did (Brown, Cai and DasGupta 2001).
     """
-    low, high = beta.ppf(TAILS, successes + 0.5, total - successes + 0.5)
+    low, high = beta.ppf([TAIL, 1 - TAIL], successes + 0.5, total - successes + 0.5)
     return 0.0 if successes == 0 else float(low), 1.0 if successes == total else float(high)
 
 
@@ -170,9 +170,9 @@ def intervals(confusion: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _interval_around(draws: np.ndarray, value: float) -> np.ndarray:
-    """Return the central 95% of the draws, widened to contain the value if necessary."""
-    low, high = np.quantile(draws, TAILS)
+def _interval_around(draws: np.ndarray, value: float, tail: float = TAIL) -> np.ndarray:
+    """Return the central part of the draws, widened to contain the value if necessary."""
+    low, high = np.quantile(draws, [tail, 1 - tail])
     return np.array([np.fmin(low, value), np.fmax(high, value)])
 
 
@@ -180,17 +180,24 @@ def _interval_around(draws: np.ndarray, value: float) -> np.ndarray:
 
 
 def compare(
-    labels: ArrayLike, predicted: ArrayLike, baseline: ArrayLike, score: str = "g_mean"
+    labels: ArrayLike,
+    predicted: ArrayLike,
+    baseline: ArrayLike,
+    score: str = "g_mean",
+    comparisons: int = 1,
 ) -> dict[str, Any]:
     """Compare the predictions `predicted` [S, N] or [N] with `baseline`, on the same images.
 
     Bayesian bootstrap (Rubin 1981): in each draw, the images of a class get random weights, the
     same for both models, so that images that are hard for both cancel out. Half a pseudo-image
     for each joint outcome (neither, one, the other or both correct) accounts for outcomes that
-    these few images lack: without it, two perfect models would differ by exactly 0. With S runs
-    (seeds), run i is compared to run i, and a t-distributed term adds the spread over the runs.
-    Part of that spread comes from the choice of images, which then counts twice: with several
-    runs, the interval is conservative (in simulations it covers 97 to 100%).
+    these few images lack: without it, the interval for two perfect models would be [0, 0]. With
+    S runs (seeds), run i is compared to run i, and a t-distributed term adds the spread over the
+    runs. Part of that spread comes from the choice of images, which then counts twice: with
+    several runs, the interval is conservative (in simulations it covers 95 to 100%).
+
+    Args:
+        comparisons: of so many, all intervals hold at once with 95% probability (Bonferroni).
 
     Returns:
         `difference` of the mean scores (above 0 if `predicted` is better), its 95% `interval`, the
@@ -212,7 +219,7 @@ def compare(
         standard_error = differences.std(ddof=1) / np.sqrt(runs)
         draws = draws + standard_error * generator.standard_t(runs - 1, len(draws))
     difference = float(differences.mean())
-    interval = _interval_around(draws, difference).tolist()
+    interval = _interval_around(draws, difference, TAIL / comparisons).tolist()
     found = {"difference": difference, "interval": interval, "runs": runs}
     return found | {"text": describe_comparison(found)}
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 COURSE_RANGE = (-1.0, 1.0)  # of the course's pixels; its checkpoints (weights only) expect it
 PREDICTION_BATCH = 500
-MAX_FILE_SIZE = 2**28  # bytes, of a checkpoint; ours have up to 2.4 million
+MAX_FILE_SIZE = 2**28  # bytes, of a checkpoint; ours have up to 1.2 million
 ASSUMED_RANGE = "assuming pixels in [-1, 1]; if it was trained on [0, 1], use --pixel-range 0,1"
 MAX_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
 MAX_PIXEL = 1000  # after normalization
@@ -232,6 +233,18 @@ def predict_logits(model: Classifier, images: Tensor, tta: bool = True) -> Tenso
     return torch.cat(logits)
 
 
+def finite_logits(model: Classifier, images: Tensor, name: str) -> Tensor:
+    """Return `predict_logits` of the model that was read from the file `name`.
+
+    Raises:
+        UserError: the logits are not finite, as those of huge weights.
+    """
+    logits = predict_logits(model, images)
+    if not logits.isfinite().all():
+        raise UserError(f"{name}: its logits are NaN or infinite")
+    return logits
+
+
 # ---- checkpoints ----------------------------------------------------------------------------
 
 
@@ -414,7 +427,7 @@ def _is_plain(value: Any) -> bool:
                 return False
             items += [(each, depth + 1) for each in item]
         elif isinstance(item, str):
-            if len(item) > 1000:
+            if len(item) > 1000 or re.search("[\ud800-\udfff]", item):  # UTF-8 can't hold these
                 return False
         elif type(item) not in (bool, float, int, type(None)) or abs(item or 0) >= 2**63:
             return False

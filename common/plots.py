@@ -4,11 +4,12 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import rcParams
+from matplotlib import rcdefaults, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+rcdefaults()  # figures look the same whatever a matplotlibrc file says
 rcParams["svg.hashsalt"] = "any"  # or each SVG file would differ from the last
 
 # Okabe and Ito's palette: color-blind readers can tell its colors apart.

@@ -85,7 +85,7 @@ def test_numbers_of_one_checkpoint(run_script, dev_set):
     options = ("--data", "hidden", "--checkpoint", "mine.ckpt", "--out", "out")
     status, printed, _ = run_script(evaluation, *options)
     assert status == 0
-    assert "Only 10 images of class cat: each is 10.0% of its recall." in printed
+    assert "Only 10 images of cat: one changes the recall by 10.0%." in printed
     assert "report" not in printed.splitlines()[3]
     numbers = json.loads(Path("out/evaluation.json").read_text())
     logits = predict_logits(brightest_channel(), dev_set.images)
@@ -287,8 +287,14 @@ def test_ranking_changes_with_the_metric_and_says_so(run_script, dev_set):
     assert first["accuracy"] == "no_cat.ckpt"
     assert first["balanced_accuracy"] == first["g_mean"] == "trucks.ckpt"
     text = " ".join(printed.split())
-    assert "has 0.667. First here: no_cat.ckpt; 1 of 1 pairs in another order than by G-m" in text
-    assert "has 0.333. First here: trucks.ckpt; 0 of 1 pairs in another order than by G-m" in text
+    assert (
+        "scores 0.667. First here: no_cat.ckpt; of the 1 pairs that G-mean orders, it reverses 1"
+        in text
+    )
+    assert (
+        "scores 0.333. First here: trucks.ckpt; of the 1 pairs that G-mean orders, it reverses 0"
+        in text
+    )
 
 
 def test_pixel_range_in_a_ranking_is_for_bare_checkpoints_only(run_script, dev_set):

@@ -132,9 +132,9 @@ def test_a_run_leaves_a_model_a_figure_predictions_and_their_scores(
     expected = metrics.evaluate(dev.labels, predicted)
     assert found["interval"] == expected["interval"]
 
-    found = load_checkpoint(Path("out/naive.ckpt"))
-    model, metadata = found.model, found.metadata
-    probabilities = predict_logits(model, dev.images).softmax(dim=1)
+    checkpoint = load_checkpoint(Path("out/naive.ckpt"))
+    metadata = checkpoint.metadata
+    probabilities = predict_logits(checkpoint.model, dev.images).softmax(dim=1)
     for row, expected in zip(rows, probabilities.tolist(), strict=True):
         assert [float(row[name]) for name in CLASSES] == pytest.approx(expected, abs=2e-6)
     assert metadata["recipe"] == found["recipe"] == asdict(replace(RECIPES["naive"], epochs=6))

@@ -12,7 +12,7 @@ import tuning
 from common.cli import PROJECT, UserError
 from common.data import Correction, format_corrections, open_data
 from common.recipes import TUNED
-from tuning import complete_trials, search
+from tuning import complete_trials, end_killed_trials, search
 
 import numpy as np
 import optuna
@@ -121,6 +121,7 @@ def test_a_trial_whose_process_was_killed_is_ended_and_its_settings_are_tried_ag
     leave_running(study, socket.gethostname(), killed.pid)
     leave_running(study, socket.gethostname(), os.getpid())
     leave_running(study, "another machine", killed.pid)
+    end_killed_trials(study)
     search(study, TUNED, 2, best_near_a_third, 0)
     assert states(study) == ["FAIL", "RUNNING", "RUNNING", "COMPLETE", "COMPLETE"]
     assert settings_of(study)[0] == OWN
