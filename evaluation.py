@@ -114,7 +114,7 @@ def _note_unread(folder: Path, unread: list[Path]) -> None:
     if unread:
         names = [_one_line(str(each.relative_to(folder))) for each in unread]
         text = _enumerate(names, UNREAD_SHOWN)
-        cli.say(f"note: not read, neither a checkpoint nor a zip file: {text}", error=True)
+        cli.say(f"note: skipped, neither a checkpoint nor a zip file: {text}", error=True)
 
 
 def _enumerate(names: Sequence[str], shown: int) -> str:

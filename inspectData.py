@@ -344,7 +344,7 @@ def print_pairs(pairs: list[Pair]) -> None:
     """Print how many dev images are in train too, and which labels contradict each other."""
     known = len({pair.indices[0] for pair in pairs if pair.splits == ("dev", "train")})
     if known:
-        cli.say(f"Dev images with a near-duplicate in train: {known}. They inflate the scores.")
+        cli.say(f"Dev images with a near-duplicate in train: {known}. They may inflate the scores.")
     conflicts = [pair for pair in pairs if pair.is_conflict()]
     if conflicts:
         text = "Near-duplicates with different labels, one of them likely wrong"

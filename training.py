@@ -6,8 +6,8 @@
     python training.py --settings results/<data>/tuning.json
     python training.py --show-mismatch
 
-A recipe holds all settings of a run; common/recipes.py gives a reason for each. The training loop
-is `train` in common/train.py.
+A recipe holds all settings of a run, with reasons in common/recipes.py. The training loop is
+`train` in common/train.py.
 """
 
 import argparse

@@ -31,7 +31,7 @@ from torchvision import transforms
 CPU = torch.device("cpu")
 ROUNDS = 3
 REPORT_EPOCHS = 100
-REPORT_BATCH = 4
+REPORT_BATCH = 4  # assumed, as in PyTorch's tutorial: the report does not say
 REPORT_IMAGES = 800  # of an epoch of the report's loop, timed and scaled up
 
 

@@ -289,8 +289,8 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> f
 
 # ---- label noise ------------------------------------------------------------------------------
 
-# The label filter rejects labels that are wrong with a higher probability than this. These are
-# about as many as are wrong by the models' own estimate.
+# The label filter rejects labels that are wrong with a higher probability than this. That
+# rejects about as many as the models estimate to be wrong.
 FILTER_THRESHOLD = 0.35
 CORRECTION_THRESHOLD = 0.6  # a rejected label is replaced by one that is more probable than this
 
