@@ -390,10 +390,11 @@ def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evalua
     """
     models = sorted(models, key=lambda model: _rounded(model, rank_by), reverse=True)
     values, best = [_rounded(model, rank_by) for model in models], models[0].predicted
+    different = {model.predicted.numpy().tobytes() for model in models}
     for model, value in zip(models, values, strict=True):
         model.rank = 1 + values.index(value)
         model.to_best = metrics.compare(
-            dataset.labels, model.predicted, best, rank_by, comparisons=max(1, len(models) - 1)
+            dataset.labels, model.predicted, best, rank_by, max(1, len(different) - 1)
         )
     return models
 
