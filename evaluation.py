@@ -385,8 +385,9 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
 def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evaluated]:
     """Return the models from best to worst, each compared with the best; ties share a rank.
 
-    The best of many models owes its rank to luck, too. So the intervals of all comparisons hold
-    at once: of equally good models, each is called worse with at most 5% probability.
+    The best of many models owes its rank to luck, too. So the intervals are wider, the more models
+    there are (Bonferroni): of equally good ones, each is called worse with at most 5% probability.
+    As nothing is called better than the best, half of the comparisons count.
     """
     models = sorted(models, key=lambda model: _rounded(model, rank_by), reverse=True)
     values, best = [_rounded(model, rank_by) for model in models], models[0].predicted
@@ -394,7 +395,7 @@ def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evalua
     for model, value in zip(models, values, strict=True):
         model.rank = 1 + values.index(value)
         model.to_best = metrics.compare(
-            dataset.labels, model.predicted, best, rank_by, max(1, len(different) - 1)
+            dataset.labels, model.predicted, best, rank_by, max(1, (len(different) - 1) / 2)
         )
     return models
 
@@ -494,8 +495,8 @@ def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_b
     for name, reason in failed:
         cli.say(f"{_short(name).ljust(max(len(row[0]) for row in rows))}  not evaluated: {reason}")
     cli.say(
-        "\nIn brackets: 95% intervals. Those of the differences hold all at once (Bonferroni), as"
-        "\nthe best was chosen on these images. The last columns: recall of each class."
+        "\nIn brackets: 95% intervals; those of the differences are corrected for the number of"
+        "\nmodels (Bonferroni), as the best was chosen on these images. Last: recall of each class."
     )
 
 

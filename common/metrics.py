@@ -184,7 +184,7 @@ def compare(
     predicted: ArrayLike,
     baseline: ArrayLike,
     score: str = "g_mean",
-    comparisons: int = 1,
+    comparisons: float = 1,
 ) -> dict[str, Any]:
     """Compare the predictions `predicted` [S, N] or [N] with `baseline`, on the same images.
 
@@ -197,7 +197,7 @@ def compare(
     several runs, the interval is conservative (in simulations it covers 95 to 100%).
 
     Args:
-        comparisons: of so many, all intervals hold at once with 95% probability (Bonferroni).
+        comparisons: of so many, all 95% intervals hold at once (Bonferroni).
 
     Returns:
         `difference` of the mean scores (above 0 if `predicted` is better), its 95% `interval`, the
