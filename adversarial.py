@@ -440,8 +440,11 @@ def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
             settings = {"color": color, "marker": marker, "ls": style, "ms": 4}
             ax.plot(epsilons, values, label=ATTACKS[attack], **settings)
             ax.fill_between(epsilons, low, high, color=color, alpha=0.12, lw=0)
+            for epsilon, point in zip(epsilons, points, strict=True):
+                for run in point.get("runs", []):
+                    ax.plot(epsilon, run[score], ".", color=color, ms=3)
         ax.set(title=f"{name} model: {SCORE_TITLES[score]}", ylim=(-0.02, 1.02))
-        ax.set_xlabel("epsilon, fraction of full brightness")
+        ax.set_xlabel("epsilon, fraction of full brightness (dots: seeds of noise)")
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure
