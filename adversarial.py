@@ -444,7 +444,7 @@ def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
                 for run in point.get("runs", []):
                     ax.plot(epsilon, run[score], ".", color=color, ms=3)
         ax.set(title=f"{name} model: {SCORE_TITLES[score]}", ylim=(-0.02, 1.02))
-        ax.set_xlabel("epsilon, fraction of full brightness (dots: seeds of noise)")
+        ax.set_xlabel("epsilon (dots: seeds of noise)")
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure
