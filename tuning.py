@@ -353,7 +353,6 @@ def main() -> None:
     with storage_errors(database, Exception):  # a damaged one can fail in any way
         study = open_study(url, results.folder, study_name(recipe, dataset, seed))
         end_killed_trials(study)
-        complete_trials(study)
     with storage_errors(database):
         trials = arguments.trials or (3 if arguments.quick else TRIALS)
 

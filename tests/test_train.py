@@ -371,6 +371,20 @@ def batch_of(count):
     return to_float(dataset.images), dataset.labels
 
 
+def test_training_adjusts_by_the_prior_of_what_is_drawn(monkeypatch):
+    seen = []
+
+    def spy(model, images, targets, recipe, log_prior):
+        seen.append(log_prior)
+        return compute_loss(model, images, targets, recipe, log_prior)
+
+    monkeypatch.setattr("common.train.compute_loss", spy)
+    recipe = replace(WEIGHTED, epochs=1, logit_adjustment=1.2)
+    train(recipe, make_dataset(counts=(36, 16, 4)), 0, CPU)
+    expected = 1.2 * torch.tensor([6 / 12, 4 / 12, 2 / 12]).log()  # roots of the counts
+    torch.testing.assert_close(seen[0], expected)
+
+
 def test_logit_adjustment_adds_the_log_prior():
     torch.manual_seed(0)
     model, (images, labels) = build_model().eval(), batch_of(4)
