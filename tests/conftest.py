@@ -1,7 +1,9 @@
 """Small data sets, and a way to run a script, for all tests."""
 
 import contextlib
+import os
 import pickle
+import signal
 from pathlib import Path
 
 from common import cli
@@ -75,6 +77,18 @@ def course_folder(tmp_path: Path, train: Dataset, dev: Dataset) -> Path:
     write_course_pickle(folder / "train.pickle", train)
     write_course_pickle(folder / "dev.pickle", dev)
     return folder
+
+
+@pytest.fixture
+def make_pipe():
+    """Return os.mkfifo; a test that waits for somebody to write into its pipe fails."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("only POSIX has named pipes")
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for a pipe"))
+    signal.alarm(20)
+    yield os.mkfifo
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import argparse
+import importlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from common import cli, plots
 from common.cli import PROJECT, Results, UserError
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -247,6 +249,15 @@ def test_a_full_disk_behind_stdout_is_one_line():
     assert (process.returncode, error) == (2, "error: output: No space left on device\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_an_error_is_still_one_line_if_stdout_is_full():
+    code = "cli.say('hello')\nraise cli.UserError('no such file')"
+    with Path("/dev/full").open("w") as full:
+        process = start(code, stdout=full, env={"PYTHONUNBUFFERED": ""})
+        error = process.communicate(timeout=30)[1]
+    assert (process.returncode, error) == (2, "error: no such file\n")
+
+
 def test_closed_streams_and_old_terminals_are_no_reason_to_fail():
     closed = start("cli.say('a')\ncli.say('b', error=True)", preexec_fn=lambda: os.closerange(1, 3))
     old = start("cli.say('± שלום')", env={"PYTHONIOENCODING": "cp1252"}, text=False)
@@ -262,6 +273,12 @@ def test_a_script_ends_with_the_one_that_started_it():
     error = process.communicate(timeout=30)[1]
     assert process.returncode == 130
     assert error == ""  # the one that started it says that it was stopped
+
+
+def test_what_is_no_process_is_no_parent(monkeypatch, capsys):
+    monkeypatch.setenv(cli.PARENT, "abc")
+    cli.run(lambda: cli.say("hello"))
+    assert capsys.readouterr() == ("hello\n", "")
 
 
 def test_an_interrupt_during_the_imports_prints_no_traceback():
@@ -315,6 +332,9 @@ def test_leftovers_of_dead_processes_only_are_removed(tmp_path):
     }
     for name in names:
         (tmp_path / name).touch()
+    folder = f".folder.{dead.pid}.part"
+    (tmp_path / folder).mkdir()
+    names[folder] = True
     cli.remove_leftovers(tmp_path)
     assert {name: (tmp_path / name).exists() for name in names} == names
 
@@ -342,6 +362,12 @@ def test_what_has_no_end_is_not_read():
         cli.read_bytes(Path("/dev/zero"), 2**20)
 
 
+def test_a_pipe_is_not_read(make_pipe, tmp_path):
+    make_pipe(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: not a file on a disk$"):
+        cli.read_bytes(tmp_path / "pipe", 2**20)
+
+
 # ---- results ----------------------------------------------------------------------------------
 
 DATA = {"name": "course", "splits": {"dev": {"fingerprint": "0123456789ab"}}}
@@ -361,6 +387,14 @@ def test_results_go_to_a_folder_of_their_data_and_quick_ones_elsewhere(
     assert "QUICK DRY RUN" in capsys.readouterr().out
     assert make_results(tmp_path / "a/b", quick=True).folder == tmp_path / "a/b"
     assert (tmp_path / "a/b").is_dir()
+
+
+def test_data_with_a_long_name_has_a_folder_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for letter in ("x", "\N{CAT FACE}"):
+        results = make_results(quick=True, data=DATA | {"name": 250 * letter})
+        assert results.folder.is_dir()
+        assert results.folder.name == cli.MAX_FOLDER_NAME * letter + "-quick"
 
 
 def test_a_folder_that_can_not_be_written_is_found_out_at_once(tmp_path):
@@ -453,3 +487,11 @@ def test_a_literal_name_is_drawn_letter_by_letter(name):
     drawn = pixels(plots.literal(name))
     assert np.array_equal(drawn, pixels(name, parse_math=False))
     assert drawn.min() < 128
+
+
+def test_a_matplotlibrc_in_the_current_folder_changes_no_figure(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("figure.facecolor: red")
+    with mpl.rc_context():
+        mpl.rc_file(tmp_path / "matplotlibrc")  # as matplotlib does when it is imported
+        importlib.reload(plots)
+        assert plots.new_figure()[0].get_facecolor() == (1, 1, 1, 1)

@@ -724,6 +724,7 @@ BAD_CSV = {
     "no first line": (lambda text: text.split("\n", 1)[1], "first line does not name the data"),
     "no header": (lambda text: text.split("\n")[0], "the columns must be index,given"),
     "other columns": (lambda text: text.replace("given", "label"), "the columns must be index"),
+    "huge": (lambda text: text + "\n" * 2**21, "is larger than 1 MB, the most that is read"),
     "huge cell": (change_row("accept", "y" * 140_000), "has a cell that is too long"),
     "index": (change_row("index", "60"), "index '60'.* index is '60', not a number from 0 to 59"),
     "negative index": (change_row("index", "-1"), "index is '-1', not a number from 0"),
@@ -745,6 +746,13 @@ def test_bad_cell_is_named(tmp_path, train, corrections, name):
     with pytest.raises(UserError, match=message) as error:
         read_corrections(path, train)
     assert "labels.csv" in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_pipe_is_no_image_and_no_table(make_pipe, tmp_path, train):
+    make_pipe(tmp_path / "pipe")
+    for read in (data.read_image, lambda path: read_corrections(path, train)):
+        with pytest.raises(UserError, match="pipe: not a file on a disk$"):
+            read(tmp_path / "pipe")
 
 
 def test_rows_that_contradict_the_data_are_named(tmp_path, train, dev, corrections):
