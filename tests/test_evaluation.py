@@ -9,6 +9,7 @@ from pathlib import Path
 
 import evaluation
 from common import metrics
+from common.cli import UserError
 from common.data import CLASS_NAMES, Dataset
 from common.model import build_model, predict_logits, save_checkpoint
 
@@ -261,6 +262,8 @@ def test_ranking_files_are_right_and_safe_to_open(run_script, hand_ins):
     assert {row["tied_with_best"] for row in evaluated[5:]} == {"no"}
     predictions = sorted(Path("out").glob("predictions-*.csv"))
     assert len(predictions) == len(evaluated)
+    named = json.loads(Path("out/ranking.json").read_text())["models"]
+    assert {each["predictions"] for each in named} == {path.name for path in predictions}
     # Each row's scores are those of one of the predictions files, by another library.
     recomputed = set()
     for path in predictions:
@@ -297,6 +300,51 @@ def test_ranking_changes_with_the_metric_and_says_so(run_script, dev_set):
     )
 
 
+def evaluated(name, labels, predicted):
+    """Return a model that predicts these classes."""
+    logits = torch.nn.functional.one_hot(predicted, 3).float()
+    scores = metrics.scores(metrics.confusion_matrix(labels, predicted))
+    return evaluation.Evaluated(name, {}, logits, scores)
+
+
+def test_each_model_has_a_file_of_predictions_with_its_name():
+    names = ["שרה.ckpt", "דוד.ckpt", "a/b.ckpt", "A b.ckpt", "a_b-2.ckpt", "a_b.ckpt"]
+    names += [300 * "x" + end for end in ("y", "z.ckpt")]
+    models = [evaluation.Evaluated(name, {}, None, {}) for name in names]
+    expected = ["שרה", "דוד", "a_b", "A_b-2", "a_b-2-2", "a_b-3", 40 * "x", 40 * "x" + "-2"]
+    assert evaluation.name_predictions(models) == [f"predictions-{name}.csv" for name in expected]
+
+
+def test_few_of_equally_good_models_are_called_worse_than_the_best(monkeypatch):
+    monkeypatch.setattr(metrics, "DRAWS", 2000)
+    generator, worse = np.random.default_rng(0), []
+    labels = torch.arange(3).repeat_interleave(torch.tensor([300, 80, 60]))
+    dataset = Dataset("many", "dev", torch.zeros(len(labels), 3, 1, 1), labels)
+    for _ in range(5):
+        correct = generator.random((20, len(labels))) < 0.75
+        predicted = torch.where(torch.from_numpy(correct), labels, (labels + 1) % 3)
+        best, *others = evaluation.rank(
+            [evaluated("a model", labels, each) for each in predicted], dataset, "g_mean"
+        )
+        for model in others:
+            single = metrics.compare(labels, model.predicted, best.predicted)
+            worse.append((model.to_best["interval"][1] < 0, single["interval"][1] < 0))
+    corrected, uncorrected = np.mean(worse, axis=0)
+    assert corrected <= 0.05
+    assert uncorrected > 0.15
+
+
+def test_a_tie_is_not_reversed_in_either_order(dev):
+    cars = evaluated("cars", dev.labels, torch.zeros_like(dev.labels))
+    no_cat = evaluated("no cat", dev.labels, dev.labels % 2)  # G-mean 0, too
+    for models in ([cars, no_cat], [no_cat, cars]):
+        texts = evaluation.describe_metrics(evaluation.rank(models, dev, "g_mean"), dev, "g_mean")
+        said = [
+            text for text in texts if "of the 0 pairs that G-mean orders, it reverses 0" in text
+        ]
+        assert len(said) == 2
+
+
 def test_pixel_range_in_a_ranking_is_for_bare_checkpoints_only(run_script, dev_set):
     save_checkpoint(Path("ours.ckpt"), brightest_channel(), {})
     torch.save(brightest_channel(pixel_range=(0.0, 1.0)).state_dict(), "bare.ckpt")
@@ -315,6 +363,15 @@ def test_ranking_ends_with_one_line_if_nothing_can_be_evaluated(run_script, dev_
     assert status == 2
     assert error.count("\n") == 1
     assert "none of 2 can be evaluated; a.ckpt: not a file of torch.save" in error
+
+
+def test_a_pipe_among_the_hand_ins_costs_one_line(make_pipe, tmp_path, capsys):
+    make_pipe(tmp_path / "eve.zip")
+    assert evaluation.find_sources([tmp_path])[0].path == tmp_path
+    assert capsys.readouterr().err.endswith("neither a checkpoint nor a zip file: eve.zip\n")
+    (source,) = evaluation.find_sources([tmp_path / "eve.zip"])  # as a shell writes hand_ins/*
+    with pytest.raises(UserError, match="^eve.zip: no such file$"):
+        evaluation.read_source(source)
 
 
 def test_a_checkpoint_named_twice_counts_once():

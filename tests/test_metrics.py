@@ -222,6 +222,24 @@ def test_comparison_is_that_of_resampled_images(case, score):
     assert found["interval"] == pytest.approx(expected, abs=0.1 * np.ptp(expected))
 
 
+def test_intervals_of_several_comparisons_are_wider_and_hold_at_once(case):
+    labels, predicted, baseline = case
+    single = metrics.compare(labels, predicted, baseline)["interval"]
+    found = metrics.compare(labels, predicted, baseline, comparisons=10)["interval"]
+    generator, drawn = np.random.default_rng(1), [1, 1]
+    for label in range(3):
+        own = labels == label
+        both = 2 * (baseline == labels)[own] + (predicted == labels)[own]
+        outcomes = np.bincount(both, minlength=4) + 0.5
+        fractions = generator.dirichlet(outcomes, 100_000)
+        drawn = [drawn[0] * fractions[:, [1, 3]].sum(1), drawn[1] * fractions[:, 2:].sum(1)]
+    differences = np.cbrt(drawn[0]) - np.cbrt(drawn[1])
+    for interval, tail in ((single, 0.025), (found, 0.0025)):
+        expected = np.quantile(differences, [tail, 1 - tail])
+        assert interval == pytest.approx(expected, abs=0.03 * np.ptp(expected))
+    assert np.ptp(found) > 1.3 * np.ptp(single)
+
+
 def test_pairing_tells_more_than_two_intervals(case):
     labels, predicted, baseline = case
     one, other = (metrics.evaluate(labels, x)["interval"]["g_mean"] for x in (predicted, baseline))
