@@ -309,6 +309,16 @@ def test_robust_model_is_of_this_very_data_or_the_shipped_one(train, dev, tmp_pa
     assert find(make_dataset("train", (5, 5, 5)), dev) == adversarial.SHIPPED_ROBUST
 
 
+def test_a_model_whose_logits_are_not_finite_is_refused(run_script, course_folder, checkpoint):
+    huge = build_model()
+    for weight in huge.parameters():
+        torch.nn.init.constant_(weight, 1e38)
+    save_checkpoint(checkpoint.with_name("huge.ckpt"), huge, {})
+    options = ("--data", course_folder, *QUICK, "--images", 3, "--robust", checkpoint)
+    status, _, error = run_script(adversarial, *options, "--checkpoint", "huge.ckpt")
+    assert (status, error) == (2, "error: huge.ckpt: its logits are NaN or infinite\n")
+
+
 @pytest.mark.parametrize("epsilon", ["-1", "0", "1.5", "nan", "much"])
 def test_bad_epsilon_ends_with_one_line(run_script, course_folder, epsilon):
     status, _, error = run_script(adversarial, "--data", course_folder, "--epsilons", epsilon)

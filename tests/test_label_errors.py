@@ -152,6 +152,14 @@ def test_decisions_come_back_with_their_data(noisy, models, run_script, tmp_path
     assert label_errors.read_decisions(path, train)[1].given == train.labels[1]
 
 
+def test_decisions_are_kept_whatever_the_data_folder_is_called(tmp_path):
+    dataset = replace(make_dataset(), name="my fingerprint set")
+    decided = Correction(1, int(dataset.labels[1]), (int(dataset.labels[1]) + 1) % 3, 0.9, False)
+    path = tmp_path / "label_corrections.csv"
+    path.write_text(format_corrections(dataset, [decided]))
+    assert label_errors.read_decisions(path, dataset) == {1: decided}
+
+
 def test_decisions_for_other_data_are_set_aside(noisy, models, run_script, tmp_path):
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "label_corrections.csv"

@@ -389,6 +389,8 @@ def endless_list():
         ("metadata", 3, "metadata must be"),
         ("metadata", {"recipe": {"name": torch.zeros(3)}}, "metadata must be"),
         ("metadata", {"name": "x" * 3_000_000}, "metadata must be"),
+        ("metadata", {"name": "\ud800"}, "metadata must be"),
+        ("metadata", {"\ud800": 1}, "metadata must be"),
         ("metadata", {"seed": 10**500}, "metadata must be"),
         ("metadata", {("a", "b"): 1}, "has dict keys that are neither text nor small numbers"),
         ("metadata", {"list": [0] * 10_000}, "metadata must be"),
@@ -396,7 +398,7 @@ def endless_list():
         ("metadata", {"list": wide_list(4)}, "metadata must be"),
         ("metadata", {"list": endless_list()}, "metadata must be"),
     ],
-    ids=range(26),
+    ids=range(28),
 )
 def test_spoiled_fields_are_named(field, value, message, tmp_path):
     content = {"model_state_dict": new_model().state_dict(), field: value}

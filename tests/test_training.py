@@ -373,6 +373,53 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(run_trainin
     assert "from a run with another recipe and seed and device and trained_on and dev" in error
 
 
+def assert_damaged(run, path, damages):
+    """Put each damaged training state into the checkpoint, and try to resume."""
+    found = load_checkpoint(path)
+    for damage in damages:
+        save_checkpoint(path, found.model, found.metadata, damage(found.training))
+        before = path.read_bytes()
+        status, _, error = run("--resume")
+        assert status == 2
+        assert error == f"error: {path}: its training state is damaged; delete it to start anew\n"
+        assert path.read_bytes() == before
+
+
+def with_values(**values):
+    return lambda state: state | values
+
+
+WRONG_HISTORIES = [
+    lambda state: {},
+    lambda state: state | {"history": state["history"] * 2},
+    lambda state: state | {"history": [{**epoch, "loss": "x"} for epoch in state["history"]]},
+    lambda state: state | {"history": [{**epoch, "recall": [1.0]} for epoch in state["history"]]},
+    with_values(history=[]),
+    with_values(history=3),
+    with_values(history=[{}, {}]),
+]
+
+
+def test_a_damaged_state_of_a_finished_run_is_refused(run_training, no_figures, dev):
+    options = ("--recipe", "naive", "--epochs", 2)
+    assert run_training(*options)[0] == 0
+    logits = torch.zeros(len(dev), 3)
+    wrong = [logits[1:], logits[:, 1:], logits * torch.nan, logits.long(), logits.tolist(), 3]
+    damages = [*WRONG_HISTORIES, *(with_values(logits=each) for each in wrong)]
+    assert_damaged(lambda *more: run_training(*options, *more), Path("out/naive.ckpt"), damages)
+
+
+def test_a_damaged_state_of_a_stopped_run_is_refused(run_training, interrupted, no_figures, train):
+    options = ("--recipe", "naive", "--epochs", 3)
+    assert run_training(*options)[0] == 130
+    wrong = [train.labels + 1, train.labels - 9, train.labels[1:], train.labels.float(), 3]
+    damages = [*WRONG_HISTORIES, *(with_values(labels=each) for each in wrong)]
+    damages += [with_values(run={"epoch": 2, "parts": []}), with_values(run={"epoch": 2})]
+    damages += [lambda state: state | {"run": state["run"] | {"epoch": 1}}]
+    path = Path("out/naive.unfinished.ckpt")
+    assert_damaged(lambda *more: run_training(*options, *more), path, damages)
+
+
 def test_finished_runs_are_not_resumed_with_other_dev_images(
     run_training, run_script, course_folder, no_figures, tmp_path
 ):
@@ -566,6 +613,15 @@ def test_mismatch_of_a_bare_checkpoint_is_seen_from_the_range_that_is_named(
     found = numbers_of("mismatch")
     assert_scores(found["right_range"], dev.labels, by_hand(trained_model, dev, wrong=True))
     assert_scores(found["wrong_range"], dev.labels, by_hand(trained_model, dev, wrong=False))
+
+
+def test_mismatch_of_a_model_whose_logits_are_not_finite_is_refused(run_training):
+    huge = build_model()
+    for weight in huge.parameters():
+        torch.nn.init.constant_(weight, 1e38)
+    save_checkpoint(Path("huge.ckpt"), huge, {})
+    status, _, error = run_training("--show-mismatch", "--checkpoint", "huge.ckpt")
+    assert (status, error) == (2, "error: huge.ckpt: its logits are NaN or infinite\n")
 
 
 # ---- options ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -300,6 +301,7 @@ def test_passwords_are_not_shown():
         ("postgresql://host:port/name", "--storage: not the URL of a database"),
         ("sqlite:////no/such/folder/x.db", "--storage sqlite:////no/such/folder/x.db: can't"),
         ("postgresql+pg8000://me:secret@host/x", "//me:***@host/x: its driver is not installed"),
+        ("sqlite:///x.db?timeout=abc", "--storage sqlite:///x.db: can't be reached"),
         ("sqlite:///text.db", "--storage sqlite:///text.db: can't be reached, or is not Optuna's"),
     ],
 )
@@ -310,6 +312,35 @@ def test_a_storage_that_does_not_work_ends_in_one_line(run_script, folder, tmp_p
     assert words in error
     assert "secret" not in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE trials SET state = 'NONE'",
+        "UPDATE trial_params SET distribution_json = '[]'",
+        "UPDATE trial_params SET distribution_json = '{}'",
+    ],
+)
+def test_a_damaged_database_ends_in_one_line(run_script, folder, tmp_path, damage):
+    train = open_data(str(folder)).load("train")
+    recipe = replace(TUNED, epochs=tuning.EPOCHS)
+    (tmp_path / "out").mkdir()
+    study = tuning.open_study(None, tmp_path / "out", tuning.study_name(recipe, train, 0))
+    search(study, recipe, 1, best_near_a_third, seed=0)
+    with sqlite3.connect(tmp_path / "out/tuning.db") as database:
+        database.execute(damage)
+    status, _, error = run_script(tuning, "--data", folder, "--out", "out", "--trials", 1)
+    assert status == 2
+    assert error == "error: --storage out/tuning.db: can't be reached, or is not Optuna's\n"
+
+
+def test_an_error_of_the_training_is_not_taken_for_one_of_the_database(
+    run_script, folder, monkeypatch
+):
+    monkeypatch.setattr(tuning, "cross_val_logits", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_script(tuning, "--data", folder, "--out", "out", "--trials", 1)
 
 
 def test_figure_marks_the_recipe_and_the_best(study):
