@@ -18,6 +18,7 @@ from pathlib import Path
 import report
 import training
 from common import cli, metrics
+from common.cli import UserError
 from common.data import SPLITS, Correction, DataFolder, format_corrections, open_data
 from common.model import build_model, save_checkpoint
 from common.recipes import RECIPES, REPORT_RECIPES
@@ -377,6 +378,30 @@ def test_many_seeds_are_not_taken_for_the_name_of_a_file(course_folder, monkeypa
     assert seeds in made.origin_of(recipes)["options"]
 
 
+def test_paths_that_look_like_options_are_handed_on_as_paths(
+    course_folder, train, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    course_folder.rename("-data")
+    save_checkpoint(Path("-mine.ckpt"), build_model(), {})
+    Path("-mine.csv").write_text(format_corrections(train, []))
+    options = ["--data=-data", "--labels=-mine.csv", "--checkpoint=-mine.ckpt"]
+    monkeypatch.setattr(sys, "argv", ["report.py", *options])
+    made = report.Report(report.parse_arguments(), Path("-out"))
+    parser = cli.make_parser("Any script.", several_seeds=True)
+    cli.add_labels_option(parser)
+    cli.add_checkpoint_option(parser, "none")
+    given = {}
+    for step in made.steps:
+        found, _ = parser.parse_known_args(made.options_of(step))
+        assert Path(found.data) == Path("-data")
+        assert found.out == Path("-out/steps") / step.name
+        given[step.name] = found
+    assert given["corrected-labels"].labels == Path("-mine.csv")
+    assert given["model"].checkpoint == Path("-mine.ckpt")
+    assert given["attacks"].checkpoint == Path("-out/steps/recipes/final.ckpt")
+
+
 def test_own_corrections_take_the_place_of_the_automatic_ones(make_report, scripts, tmp_path):
     make_report()
     automatic = tmp_path / "out/steps/label-errors/label_corrections.csv"
@@ -418,24 +443,32 @@ def test_step_whose_result_is_gone_runs_again(make_report, scripts, tmp_path):
     assert steps_that_ran(scripts) == ["mismatch"]
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("mismatch/mismatch.json", "{"),
-        ("recipes/predictions-final.csv", ""),
-        ("recipes/predictions-final.csv", "index;label;predicted\n0;cat;car\n"),
-        ("recipes/predictions-final.csv", "index,label,predicted\n0,dog,car\n"),
-        ("recipes/predictions-final.csv", "index,label,predicted\n0,\udcff\n"),
+BROKEN_RESULTS = {
+    "mismatch/mismatch.json": ["{", "{}"],
+    "recipes/training.json": ["[]"],
+    "recipes/predictions-final.csv": [
+        "",
+        "index;label;predicted\n0;cat;car\n",
+        "index,label,predicted\n0,dog,car\n",
+        "index,label,predicted\n0,car,car\n",
+        "index,label,predicted\n0,\udcff\n",
     ],
-)
-def test_broken_result_ends_with_one_line(file, content, make_report, tmp_path):
+    "data/inspectData.json": ["[]", '{"near_duplicates": [{"dev": 60, "train": 0}]}'],
+}
+
+
+def test_broken_result_ends_with_one_line(make_report, tmp_path):
     make_report()
-    path = tmp_path / "out/steps" / file
-    path.write_text(content, encoding="utf-8", errors="surrogateescape")
-    status, _, error = make_report()
-    assert status == 2
-    assert error.count("\n") == 1
-    assert f"{path.name}: can't be read; delete" in error
+    for file, contents in BROKEN_RESULTS.items():
+        path = tmp_path / "out/steps" / file
+        whole = path.read_bytes()
+        for content in contents:
+            path.write_text(content, encoding="utf-8", errors="surrogateescape")
+            status, _, error = make_report()
+            assert status == 2
+            assert error.count("\n") == 1
+            assert f"{path.name}: can't be read; delete" in error
+        path.write_bytes(whole)
 
 
 # ---- running at the same time, and failing -----------------------------------------------------
@@ -463,6 +496,16 @@ def test_lock_of_a_process_that_has_ended_is_ignored(make_report, tmp_path):
     assert not lock.exists()
 
 
+def test_lock_without_an_owner_is_that_of_a_report_that_starts_just_now(tmp_path):
+    lock = tmp_path / "running.pid"
+    lock.touch()
+    with pytest.raises(UserError, match="another report.py is writing"), report.locked(tmp_path):
+        pass
+    os.utime(lock, (0, 0))
+    with report.locked(tmp_path):
+        assert lock.read_text() == str(os.getpid())
+
+
 def test_failing_script_ends_the_report_with_its_own_line(tmp_path, capfd, monkeypatch):
     (tmp_path / "fail.py").write_text(
         "import sys; print(1); print(2, file=sys.stderr); sys.exit(3)"
@@ -479,6 +522,8 @@ def test_failing_script_ends_the_report_with_its_own_line(tmp_path, capfd, monke
     ("options", "message"),
     [
         (("--hand-in", "nowhere/mine"), "'nowhere/mine': no such folder"),
+        (("--hand-in", "course/.."), "'course/..': no such folder, or no name in it"),
+        (("--hand-in", "caf\udce9"), "a zip file can't have such a name"),
         (("--labels", "nowhere.csv"), "nowhere.csv"),
         (("--checkpoint", "nowhere.ckpt"), "nowhere.ckpt: No such file"),
         (("--pixel-range", "0,1"), "--pixel-range goes with --checkpoint"),
