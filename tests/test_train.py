@@ -19,6 +19,7 @@ from common.train import (
     IGNORE_INDEX,
     MAX_SHIFT,
     Muon,
+    Run,
     augment,
     color_jitter,
     compute_loss,
@@ -371,6 +372,18 @@ def batch_of(count):
     return to_float(dataset.images), dataset.labels
 
 
+def test_the_moving_average_includes_the_statistics_of_batch_norm():
+    run = Run(replace(NAIVE, network="SmallVGG", ema_decay=0.9), 10, CPU)
+    for value in (1.0, 2.0):  # the first update copies
+        for buffer in run.model.buffers():
+            buffer.fill_(value)
+        run.ema.update_parameters(run.model)
+    averages = {name: each for name, each in run.result.named_buffers() if "running" in name}
+    assert averages
+    for each in averages.values():
+        torch.testing.assert_close(each, torch.full_like(each, 1.1))
+
+
 def test_training_adjusts_by_the_prior_of_what_is_drawn(monkeypatch):
     seen = []
 
@@ -593,6 +606,8 @@ def test_a_class_of_one_image_is_predicted_without_a_librarys_words(recwarn, mon
 def test_too_few_images_for_the_folds_are_said_in_our_words():
     with pytest.raises(UserError, match="^tiny: no class has 4 images, one for each fold"):
         cross_val_logits(QUICK, make_dataset(counts=(3, 2, 1)), 0, CPU)
+    just_enough = make_dataset(counts=(4, 2, 1))
+    assert len(cross_val_logits(replace(QUICK, epochs=1), just_enough, 0, CPU)) == 7
 
 
 def test_filter_ignores_wrong_labels_and_empties_no_class(monkeypatch):
