@@ -217,8 +217,9 @@ def is_whole(state: dict[str, Any], recipe: Recipe, dataset: Dataset, dev: Datas
     """Return whether a training state is as `train_run` saves it; a damaged one may also raise."""
     history, logits = state["history"], state.get("logits")
     for epoch in history:
-        np.array([epoch[name] for name in ("loss", "seconds", *SCORE_TITLES)], dtype=float)
-        np.array(epoch["recall"], dtype=float).reshape(len(CLASS_NAMES))
+        numbers = [epoch[name] for name in ("loss", "seconds", *SCORE_TITLES)] + epoch["recall"]
+        if len(epoch["recall"]) != len(CLASS_NAMES) or {type(each) for each in numbers} != {float}:
+            return False
     if logits is not None:
         fits = logits.dtype == torch.float32 and logits.shape == (len(dev), len(CLASS_NAMES))
         return fits and bool(logits.isfinite().all()) and len(history) == recipe.epochs

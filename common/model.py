@@ -355,6 +355,7 @@ def _weights_of(content: dict[str, Any], name: str) -> dict[str, Tensor]:
     weights = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
     if not any(isinstance(weight, Tensor) for weight in weights.values()):
         raise UserError(f"{name}: holds no weights under 'model_state_dict' or at its top level")
+    weights = {key: weight for key, weight in weights.items() if key != "n_averaged"}  # of an EMA
     for prefix in ("module.", "_orig_mod.", "model.", "net.") * 2:  # DDP, compile, Lightning
         if all(isinstance(key, str) and key.startswith(prefix) for key in weights):
             weights = {key.removeprefix(prefix): weight for key, weight in weights.items()}

@@ -31,6 +31,7 @@ from tqdm import tqdm
 IGNORE_INDEX = -1  # in place of a label that is not to be learned
 WARMUP = 0.1  # fraction of a run in which warmup-cosine raises the learning rate
 MAX_SHIFT = 4  # pixels that a random crop moves an image by, at most
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each weight
 FOLDS = 4  # an even number keeps two cores busy to the end
 
 # ---- the loop -------------------------------------------------------------------------------
@@ -131,14 +132,47 @@ class Run:
         return {"epoch": self.epoch, "parts": [part.state_dict() for part in self._parts()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state.
+
+        Raises:
+            Exception: of any kind, if it is that of another run, or damaged.
+        """
+        _, optimizer, scheduler, *_ = state["parts"]
+        own = [self.optimizer.state_dict()["param_groups"], self.scheduler.state_dict()]
+        if _types_of(own) != _types_of([optimizer["param_groups"], scheduler]):
+            raise ValueError("other settings than this optimizer and scheduler have")
+        names = {"momentum"} if isinstance(self.optimizer, Muon) else ADAM_STATE
+        for values in optimizer["state"].values():
+            if set(values) != names or not all(
+                isinstance(each, Tensor) for each in values.values()
+            ):
+                raise ValueError("not the state of this optimizer")
         for part, saved in zip(self._parts(), state["parts"], strict=True):
             part.load_state_dict(saved)
+        self._copy_optimizer_state()
         self.epoch = state["epoch"]
+
+    def _copy_optimizer_state(self) -> None:
+        """Copy what was loaded: Adam trusts its shapes, and would write beyond smaller tensors."""
+        for weight, values in self.optimizer.state.items():
+            for name, value in values.items():
+                own = value.new_zeros(()) if name == "step" else torch.zeros_like(weight)
+                if value.shape != own.shape:
+                    raise ValueError("not the shape of its weight")
+                values[name] = own.copy_(value)
 
     def _parts(self) -> list[Any]:
         parts = [self.model, self.optimizer, self.scheduler]
         return [*parts, self.ema] if self.ema else parts
+
+
+def _types_of(value: Any, depth: int = 5) -> Any:
+    """Return the value with each number or text in it replaced by its type."""
+    if isinstance(value, dict) and depth:
+        return {key: _types_of(each, depth - 1) for key, each in value.items()}
+    if isinstance(value, list | tuple) and depth:
+        return [_types_of(each, depth - 1) for each in value]
+    return type(value)
 
 
 def compute_loss(

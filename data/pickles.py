@@ -41,6 +41,7 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 CONSTANTS |= {"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}
 TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}  # None: down to the mark
 MAX_KEY = 2**31  # larger numbers can be chosen to have equal hashes, which would make dicts slow
+MAX_KEY_LENGTH = 2**16  # letters: long keys that are equal are slow to compare
 
 
 def _run_pickle(
@@ -49,7 +50,7 @@ def _run_pickle(
     call: Callable[[Any, Any], Any],
     load: Callable[[Any], Any],
 ) -> Any:
-    """Run one pickle with a stack, marks into it, and a memo, as Python's unpickler does.
+    """Run one pickle with a stack, marks into it, and a memo, like Python's unpickler.
 
     Args:
         call: called with the function (its module and name) and the arguments of each call.
@@ -78,6 +79,7 @@ def _run_pickle(
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            _require(value < MAX_KEY)
             memo[value] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo[value])
@@ -88,7 +90,7 @@ def _run_pickle(
         elif name == "MARK":
             marks.append(len(stack))
         elif name == "GLOBAL":
-            stack.append(tuple(value.split(" ")))
+            stack.append(tuple(value.split(" ", maxsplit=1)))
         elif name == "STACK_GLOBAL":
             stack.append(tuple(pop(2)))
         elif name in ("REDUCE", "NEWOBJ"):
@@ -121,8 +123,9 @@ def _run_pickle(
 def _to_dict(items: list[Any]) -> dict[Any, Any]:
     keys, values = items[::2], items[1::2]
     for key in keys:
-        if not (isinstance(key, str) or (type(key) is int and abs(key) < MAX_KEY)):
-            raise RefusedError("has dict keys that are neither text nor small numbers")
+        number, text = type(key) is int, isinstance(key, str)
+        if not (number and abs(key) < MAX_KEY or text and len(key) < MAX_KEY_LENGTH):
+            raise RefusedError("has dict keys that are neither short text nor small numbers")
     return dict(zip(keys, values, strict=True))
 
 
@@ -134,13 +137,19 @@ def _require(condition: bool) -> None:
 class _Calls:
     """The only calls that a pickle of tensors needs.
 
-    Results are cached: otherwise, repeating a call by reference could turn a few bytes of the file
-    into any amount of memory or time.
+    Where a result is larger than the call, it is cached: otherwise, repeating a call by reference
+    could turn a few bytes of the file into any amount of memory or time.
     """
 
     def __init__(self) -> None:
-        self.encoded: dict[str, bytes] = {}
-        self.storages: dict[bytes, Tensor] = {}
+        self.results: dict[int, tuple[Any, Any]] = {}
+
+    def _once(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        # Equal arguments are not looked for: long ones take long to compare. As an argument is
+        # kept, its id stays its own.
+        if id(argument) not in self.results:
+            self.results[id(argument)] = argument, function(argument)
+        return self.results[id(argument)][1]
 
     def __call__(self, function: Any, arguments: Any) -> Any:
         match function, arguments:
@@ -152,9 +161,7 @@ class _Calls:
             ):
                 return content
             case ("torch.storage", "_load_from_bytes"), (bytes(content),):
-                if content not in self.storages:
-                    self.storages[content] = _read_old_format(content, HEADER_OPCODES, _refuse)
-                return self.storages[content]
+                return self._once(_read_storage, content)
             case ("collections", "OrderedDict"), ():
                 return {}
             case ((("collections", "Counter") | ("torch", "Size" | "device")), (content, *_)):
@@ -162,10 +169,8 @@ class _Calls:
             case ("__builtin__" | "builtins", "set"), (list(content),):
                 return content
             case ("_codecs", "encode"), (str(text), "latin1"):  # bytes in protocols 0 to 2
-                if text not in self.encoded:
-                    self.encoded[text] = text.encode("latin-1")
-                return self.encoded[text]
-            case ("numpy", "dtype"), (str(name), *_) if re.fullmatch("[iuf][1248]", name):
+                return self._once(_encode, text)
+            case ("numpy", "dtype"), (str(name), *_) if re.fullmatch("b1|[iuf][1248]", name):
                 return np.dtype(f"<{name}")
             case ("numpy._core.multiarray" | "numpy.core.multiarray", "scalar"), (
                 np.dtype() as dtype,
@@ -177,10 +182,20 @@ class _Calls:
             ):
                 return function  # in place of a tensor that is sparse, quantized, ...
             case (str(module), str()), _ if module.startswith("numpy"):
-                raise RefusedError("holds NumPy arrays")
+                raise RefusedError("holds NumPy values other than plain numbers")
             case (str(module), str(name)), _:
                 raise RefusedError(f"asks for {safe_repr(f'{module}.{name}')}, which is refused")
         raise ValueError("a call of something that is no global")
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("latin-1")
+
+
+def _read_storage(content: bytes) -> Tensor:
+    storage = _read_old_format(content, HEADER_OPCODES, _refuse)
+    _require(isinstance(storage, Tensor))
+    return storage
 
 
 # ---- torch.save -----------------------------------------------------------------------------
@@ -199,12 +214,15 @@ STORAGE_TYPES = {
 }
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what the old format begins with
 HEADER_OPCODES = 200  # more than enough for a header, or for one storage
+MAX_MEMBERS = 10_000  # of a zip file; torch.save writes one for each tensor
 MAX_DIMENSIONS = 16
 MAX_OPCODES = 200_000  # of a checkpoint; ours have a few thousand
 
 
 def read_torch_file(raw: bytes) -> Any:
     """Return the content of a file of torch.save: tensors, numbers and text in lists and dicts.
+
+    A device, a type or a set is returned as what it was made from: text, names, a list.
 
     Raises:
         RefusedError: it holds something else.
@@ -216,15 +234,22 @@ def read_torch_file(raw: bytes) -> Any:
 
 def _read_zip(raw: bytes, max_opcodes: int, call: Callable[..., Any]) -> Any:
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-        sizes = [member.file_size for member in archive.infolist()]
-        _require(sum(sizes) <= len(raw))  # torch.save does not compress
-        files = {name: archive.read(name) for name in archive.namelist()}
-    folder = next(name for name in files if name.endswith("data.pkl")).removesuffix("data.pkl")
+        members = archive.infolist()
+        _require(len(members) <= MAX_MEMBERS)
+        for member in members:  # torch.save does not compress
+            _require(member.compress_type == zipfile.ZIP_STORED)
+            _require(member.compress_size == member.file_size)
+        _require(sum(member.file_size for member in members) <= len(raw))
+        files = {member.filename: archive.read(member) for member in members}
+    folder = next(name for name in files if name.endswith("/data.pkl")).removesuffix("data.pkl")
     _require(files.get(f"{folder}byteorder", b"little") == b"little")
+    storages: dict[str, Tensor] = {}
 
     def load(storage: Any) -> Tensor:
         key, dtype, count = _parse(storage)
-        return _to_storage(dtype, count, files[f"{folder}data/{key}"])
+        if key not in storages:
+            storages[key] = _to_storage(dtype, count, files[f"{folder}data/{key}"])
+        return storages[key]
 
     return _run_pickle(io.BytesIO(files[f"{folder}data.pkl"]), max_opcodes, call, load)
 
@@ -264,9 +289,14 @@ def _parse(storage: Any) -> tuple[str, torch.dtype, int]:
     """
     match storage:
         case ("storage", ("torch", str(name)), str(key), _, int(count), *view) if (
-            name in STORAGE_TYPES and count >= 0 and view in ([], [None])
+            name in STORAGE_TYPES
+            and len(key) < MAX_KEY_LENGTH
+            and count >= 0
+            and view in ([], [None])
         ):
             return key, STORAGE_TYPES[name], count
+        case ("module", (str(module), str(name)), *_):
+            raise RefusedError(f"asks for {safe_repr(f'{module}.{name}')}, which is refused")
         case ("storage", (str(), str(name)), *_):
             raise RefusedError(f"holds tensors of type {safe_repr(name)}")
     raise ValueError("not the persistent id of a storage")
@@ -283,9 +313,12 @@ def _to_storage(dtype: torch.dtype, count: int, content: bytes) -> Tensor:
 def _view(storage: Tensor, offset: int, size: tuple, stride: tuple) -> Tensor:
     """Return a tensor as a view of its storage, which may hold many more."""
     _require(len(stride) == len(size) <= MAX_DIMENSIONS)
-    _require(all(type(number) is int and number >= 0 for number in (*size, *stride)))
+    numbers = (offset, *size, *stride)
+    _require(all(type(number) is int and 0 <= number < 2**62 for number in numbers))
+    if 0 in size:  # no numbers at all
+        return storage.as_strided(size, stride, offset)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    _require(0 <= offset <= last + 1 <= len(storage) and math.prod(size) < 2**62)
+    _require(last < len(storage) and math.prod(size) < 2**62)
     return storage.as_strided(size, stride, offset)
 
 

@@ -256,7 +256,10 @@ FOREIGN = {
     "float64": (lambda: one_item(ZEROS.double()), "tensor of float64; save a list of"),
     "uint8": (lambda: one_item(ZEROS.byte()), "tensor of uint8; save a list of"),
     "bfloat16": (lambda: one_item(ZEROS.bfloat16()), "image 0 is a tensor of bfloat16"),
-    "NumPy images": (lambda: one_item(ZEROS.numpy()), "holds NumPy arrays; save a list of"),
+    "NumPy images": (
+        lambda: one_item(ZEROS.numpy()),
+        "holds NumPy values other than plain numbers; save a list of",
+    ),
     "Pillow images": (lambda: one_item(Image.new("RGB", (32, 32))), "asks for 'PIL.Image"),
     "quantized": (
         lambda: one_item(torch.quantize_per_tensor(ZEROS, 0.1, 0, torch.qint8)),

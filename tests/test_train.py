@@ -384,6 +384,45 @@ def test_the_moving_average_includes_the_statistics_of_batch_norm():
         torch.testing.assert_close(each, torch.full_like(each, 1.1))
 
 
+def trained_run(recipe):
+    run = Run(recipe, 10, CPU)
+    run.model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    run.optimizer.step()
+    run.scheduler.step()
+    return run
+
+
+@pytest.mark.parametrize("recipe", [NAIVE, TUNED])
+def test_optimizer_state_that_would_be_written_beyond_is_refused_or_copied(recipe):
+    def load(change):
+        state = trained_run(recipe).state_dict()
+        values = state["parts"][1]["state"][0]
+        name = next(name for name in values if name != "step")
+        change(state, values, name)
+        run = Run(recipe, 10, CPU)
+        run.load_state_dict(state)
+        weight = next(run.model.parameters())
+        return weight, run.optimizer.state[weight][name]
+
+    weight, value = load(lambda state, values, name: None)
+    assert value.abs().sum() > 0
+    weight, value = load(
+        lambda state, values, name: values.update({name: torch.ones(1).expand(values[name].shape)})
+    )
+    assert value.stride() == weight.stride()
+    assert torch.equal(value, torch.ones_like(weight))
+    for change in (
+        lambda state, values, name: values.update({name: values[name].flatten()[:2]}),
+        lambda state, values, name: values.update({name: torch.zeros(0)}),
+        lambda state, values, name: values.pop(name),
+        lambda state, values, name: values.update({name: [1.0]}),
+        lambda state, values, name: state["parts"][2].update(step=3),
+        lambda state, values, name: state["parts"][1]["param_groups"][0].update(lr="x"),
+    ):
+        with pytest.raises(Exception, match=r"not the state|not the shape|other settings"):
+            load(change)
+
+
 def test_training_adjusts_by_the_prior_of_what_is_drawn(monkeypatch):
     seen = []
 
