@@ -153,7 +153,7 @@ def attack_all(
 
         images = in_batches(fgsm, model, clean, dev.labels, epsilon=epsilon)
         found["fgsm"][key] = Attacked(epsilon, images, predict_logits(model, images)[None])
-        # An image that PGD fooled with a smaller epsilon stays fooled; it attacks the others.
+        # Images that PGD fooled with a smaller epsilon stay fooled: only the others are attacked.
         after_pgd = after_pgd.clone()
         after_pgd[correct] = in_batches(
             pgd, model, clean[correct], dev.labels[correct], epsilon=epsilon, steps=pgd_steps
@@ -561,7 +561,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--save-images",
         action="store_true",
-        help="write all attacked images, 12 kB for each, at every epsilon",
+        help="write all attacked images, 12 kB per image, attack and epsilon",
     )
     return parser
 

@@ -133,7 +133,7 @@ def _short(name: str) -> str:
 
 
 def _checkpoints_in_zip(path: Path) -> list[str]:
-    """Return the checkpoint that report.py packed, or else all of them; [""] if that is no use."""
+    """Return the checkpoint that report.py packed, else all; [""] for none or too many."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_ZIP_SIZE:
             return [""]
@@ -387,7 +387,7 @@ def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evalua
 
     The best of many models owes its rank to luck, too. So the intervals are wider, the more models
     there are (Bonferroni): of equally good ones, each is called worse with at most 5% probability.
-    As nothing is called better than the best, half of the comparisons count.
+    As nothing is called better than the best, two comparisons count as one.
     """
     models = sorted(models, key=lambda model: _rounded(model, rank_by), reverse=True)
     values, best = [_rounded(model, rank_by) for model in models], models[0].predicted

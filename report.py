@@ -48,6 +48,7 @@ from PIL import Image
 
 MAX_STEP_SECONDS = 1e7
 SECONDS_FOR_CTRL_C = 2.0  # that a script has to stop by itself
+CODE = "common/*.py data/*.py models/*.ckpt"  # what the results of each step depend on
 SECONDS_TO_LOCK = 10  # after that, a lock without an owner is that of a killed process
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
@@ -172,7 +173,8 @@ class Report:
         """Return everything that a step's results depend on."""
         named = [option for option in step.command.split() if "{" in option]
         inputs = [Path(option.format_map(self.paths)) for option in named]
-        code = [PROJECT / step.script, *PROJECT.glob("common/*.py"), *PROJECT.glob("models/*.ckpt")]
+        code = [file for pattern in CODE.split() for file in PROJECT.glob(pattern)]
+        code.append(PROJECT / step.script)
         return {
             "options": self.options_of(step),
             "data": self.data,
@@ -231,7 +233,8 @@ class Report:
 
     def compare(self, run: str, baseline: str) -> dict[str, Any]:
         """Return the paired differences between two recipes of different steps."""
-        predicted, others, labels = *map(self.predictions, (run, baseline)), self.dev.labels
+        labels = self.dev.labels
+        predicted, others = self.predictions(run), self.predictions(baseline)
         return {score: metrics.compare(labels, predicted, others, score) for score in SCORE_TITLES}
 
     def predictions(self, run: str) -> np.ndarray:
@@ -262,6 +265,8 @@ class Report:
         except UserError:
             raise
         except Exception as error:  # of any kind, if somebody has edited a file
+            if files.latest is None:
+                raise
             with step_file(files.latest):
                 raise ValueError("lacks what the page shows") from error
         cli.write_text(path, page)
@@ -373,7 +378,8 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.suppress(OSError, ValueError, OverflowError):
         owner = lock.read_text(encoding="utf-8")
         just_made = time.time() - lock.stat().st_mtime < SECONDS_TO_LOCK
-        if not (psutil.pid_exists(int(owner)) if owner else just_made) or owner == str(os.getpid()):
+        in_use = psutil.pid_exists(int(owner)) if owner else just_made
+        if not in_use or owner == str(os.getpid()):
             lock.unlink()
     try:
         file = lock.open("x", encoding="utf-8")
@@ -434,8 +440,9 @@ class Files:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = self.latest = folder  # latest: the file that was asked for last
+        self.folder = folder
         self.read: dict[str, Any] = {}
+        self.latest: Path | None = None  # the file that was asked for last
 
     def value(self, file: str, path: str = "") -> Any:
         """Return the value at a path of keys in a JSON file, such as recipes/training.json."""
@@ -485,7 +492,7 @@ class Files:
 
     def image(self, file: str) -> dict[str, Any] | None:
         """Return a figure's size in CSS pixels and its data URL; None if no step has drawn it."""
-        path = self.folder / file
+        path = self.latest = self.folder / file
         if not path.exists():
             return None
         with Image.open(path) as image:

@@ -112,6 +112,7 @@ def train_recipes(
 ) -> list[Trained]:
     """Train each recipe with each seed, as many runs at once as there are cores."""
     jobs, device = [], choose_device(arguments.device)
+    at_once = (os.cpu_count() or 1) if device.type == "cpu" else 1
     for recipe in recipes:
         for number, seed in enumerate(arguments.seed):
             name = f"{recipe.name}-seed{seed}" if number else recipe.name
@@ -123,7 +124,7 @@ def train_recipes(
                 kept = replace(dataset, labels=earlier["labels"])
             elif "logits" not in earlier:
                 kept = filter_labels(recipe, dataset, seed, device)
-            position = len(jobs) % (os.cpu_count() or 1)
+            position = len(jobs) % at_once
             jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier, position))
     threads = max(recipe.threads for recipe in recipes)
     trained = list(parallel_map(train_run, jobs, device, "runs", threads))
@@ -215,12 +216,13 @@ def find_earlier(
 
 def is_whole(state: dict[str, Any], recipe: Recipe, dataset: Dataset, dev: Dataset) -> bool:
     """Return whether a training state is as `train_run` saves it; a damaged one may also raise."""
-    history, logits = state["history"], state.get("logits")
+    history = state["history"]
     for epoch in history:
         numbers = [epoch[name] for name in ("loss", "seconds", *SCORE_TITLES)] + epoch["recall"]
         if len(epoch["recall"]) != len(CLASS_NAMES) or {type(each) for each in numbers} != {float}:
             return False
-    if logits is not None:
+    if "logits" in state:
+        logits = state["logits"]
         fits = logits.dtype == torch.float32 and logits.shape == (len(dev), len(CLASS_NAMES))
         return fits and bool(logits.isfinite().all()) and len(history) == recipe.epochs
     run, labels = Run(recipe, len(dataset), torch.device("cpu")), state["labels"]
@@ -228,7 +230,8 @@ def is_whole(state: dict[str, Any], recipe: Recipe, dataset: Dataset, dev: Datas
     fits = labels.dtype == torch.int64 and labels.shape == dataset.labels.shape
     return (
         fits
-        and run.epoch == len(history)
+        and type(run.epoch) is int
+        and run.epoch == len(history) <= recipe.epochs
         and set(labels.tolist()) <= {IGNORE_INDEX, *range(len(CLASS_NAMES))}
     )
 

@@ -24,7 +24,7 @@ import psutil
 PROJECT = Path(__file__).resolve().parent.parent
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 MAX_JSON_SIZE = 2**25  # bytes
-MAX_FOLDER_NAME = 60  # letters: with four bytes each, names of files may have 63
+MAX_FOLDER_NAME = 60  # letters; of four bytes each, 63 fill the longest possible name
 FIGURE_DPI = 150
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
 OWNER = "data_folder.txt"  # in a folder of results: the path of the data that they are of
@@ -220,7 +220,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    """Exit; drop what stdout can't take, about which Python would complain."""
+    """Exit without Python's complaint about output that stdout can't take."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -258,8 +258,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
         UserError: it can't be read, or is larger.
     """
     try:
-        mode, size = path.stat().st_mode, path.stat().st_size
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a device or a pipe may never end
+        status = path.stat()
+        size = status.st_size
+        if not (stat.S_ISREG(status.st_mode) or path.is_dir()):  # a device or a pipe may never end
             raise UserError(f"{path}: not a file on a disk")
         if size > limit:
             raise UserError(f"{path}: is larger than {limit // 2**20} MB, the most that is read")

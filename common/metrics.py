@@ -197,7 +197,7 @@ def compare(
     several runs, the interval is conservative (in simulations it covers 95 to 100%).
 
     Args:
-        comparisons: of so many, all 95% intervals hold at once (Bonferroni).
+        comparisons: number of comparisons whose 95% intervals are to hold at once (Bonferroni).
 
     Returns:
         `difference` of the mean scores (above 0 if `predicted` is better), its 95% `interval`, the

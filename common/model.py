@@ -237,7 +237,7 @@ def finite_logits(model: Classifier, images: Tensor, name: str) -> Tensor:
     """Return `predict_logits` of the model that was read from the file `name`.
 
     Raises:
-        UserError: the logits are not finite, as those of huge weights.
+        UserError: the logits are not finite, for example because the weights are huge.
     """
     logits = predict_logits(model, images)
     if not logits.isfinite().all():

@@ -31,7 +31,7 @@ from tqdm import tqdm
 IGNORE_INDEX = -1  # in place of a label that is not to be learned
 WARMUP = 0.1  # fraction of a run in which warmup-cosine raises the learning rate
 MAX_SHIFT = 4  # pixels that a random crop moves an image by, at most
-ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each weight
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what Adam keeps for each weight
 FOLDS = 4  # an even number keeps two cores busy to the end
 
 # ---- the loop -------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class Run:
         self.epoch = state["epoch"]
 
     def _copy_optimizer_state(self) -> None:
-        """Copy what was loaded: Adam trusts its shapes, and would write beyond smaller tensors."""
+        """Copy what was loaded: fused Adam checks no shapes, and writes beyond small tensors."""
         for weight, values in self.optimizer.state.items():
             for name, value in values.items():
                 own = value.new_zeros(()) if name == "step" else torch.zeros_like(weight)
@@ -167,7 +167,10 @@ class Run:
 
 
 def _types_of(value: Any, depth: int = 5) -> Any:
-    """Return the value with each number or text in it replaced by its type."""
+    """Return the value with each number or text in it replaced by its type.
+
+    Below `depth`, lists are not looked into: those of a hostile file may have no end.
+    """
     if isinstance(value, dict) and depth:
         return {key: _types_of(each, depth - 1) for key, each in value.items()}
     if isinstance(value, list | tuple) and depth:

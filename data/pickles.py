@@ -1,8 +1,8 @@
-"""Read files that are pickles safely: the course's images, and torch.save's checkpoints.
+"""Safely read files that are pickles: the course's images, and torch.save's checkpoints.
 
 A pickle is a program, and Python's unpickler imports and calls whatever it names. `_run_pickle`
 implements only the few opcodes that tensors in lists and dicts need, imports nothing, and allows
-only the calls in `_call`. Memory and time are bounded by a small multiple of the file's size.
+only the calls in `_Calls`. Memory and time are bounded by a small multiple of the file's size.
 """
 
 import copy
@@ -28,7 +28,7 @@ FORM = "save a list of (float32 tensor [3, 32, 32] in [-1, 1], int) with pickle.
 
 
 class RefusedError(Exception):
-    """A pickle holds what tensors in lists and dicts do not need; the message says what."""
+    """A pickle holds more than tensors in lists and dicts; the message says what."""
 
 
 # ---- pickles --------------------------------------------------------------------------------
@@ -66,6 +66,7 @@ def _run_pickle(
 
     def pop(count: int | None = None) -> list[Any]:
         start = marks.pop() if count is None else len(stack) - count
+        _require(start >= 0)
         items = stack[start:]
         del stack[start:]
         return items
@@ -79,7 +80,7 @@ def _run_pickle(
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            _require(value < MAX_KEY)
+            _require(0 <= value < MAX_KEY)
             memo[value] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo[value])
@@ -109,10 +110,10 @@ def _run_pickle(
             items = pop(2 if name == "SETITEM" else None)
             _require(isinstance(stack[-1], dict))
             stack[-1].update(_to_dict(items))
-        elif name == "BUILD":  # sets attributes: of a state dict, its version numbers
+        elif name == "BUILD":  # sets attributes; those of a state dict don't matter
             state = pop(1)[0]
-            little_endian = isinstance(stack[-1], np.dtype) and state[1] in ("<", "|")
-            _require(isinstance(stack[-1], dict) or little_endian)
+            if not isinstance(stack[-1], dict):
+                _require(isinstance(stack[-1], np.dtype) and state[1] in ("<", "|"))
         elif name == "STOP":
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
@@ -123,8 +124,11 @@ def _run_pickle(
 def _to_dict(items: list[Any]) -> dict[Any, Any]:
     keys, values = items[::2], items[1::2]
     for key in keys:
-        number, text = type(key) is int, isinstance(key, str)
-        if not (number and abs(key) < MAX_KEY or text and len(key) < MAX_KEY_LENGTH):
+        if type(key) is int:
+            valid = abs(key) < MAX_KEY
+        else:
+            valid = isinstance(key, str) and len(key) < MAX_KEY_LENGTH
+        if not valid:
             raise RefusedError("has dict keys that are neither short text nor small numbers")
     return dict(zip(keys, values, strict=True))
 
@@ -297,7 +301,7 @@ def _parse(storage: Any) -> tuple[str, torch.dtype, int]:
             return key, STORAGE_TYPES[name], count
         case ("module", (str(module), str(name)), *_):
             raise RefusedError(f"asks for {safe_repr(f'{module}.{name}')}, which is refused")
-        case ("storage", (str(), str(name)), *_):
+        case ("storage", (str(), str(name)), *_) if name not in STORAGE_TYPES:
             raise RefusedError(f"holds tensors of type {safe_repr(name)}")
     raise ValueError("not the persistent id of a storage")
 
@@ -342,13 +346,13 @@ def read_course_pickle(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _to_tensors(items: Any, file_size: int) -> tuple[Tensor, Tensor]:
-    if items == TORCH_MAGIC:
+    if type(items) is int and items == TORCH_MAGIC:
         raise RefusedError("was written by torch.save")
     if not isinstance(items, list) or not items:
         raise RefusedError("holds no list of (image, label)")
     pairs = [_to_pair(index, item) for index, item in enumerate(items)]
-    # An image may be repeated by reference, but all of them together may take no more memory
-    # than the file.
+    # An image may be repeated by reference, but all of them together may take no more than a few
+    # times the memory of the file.
     if len(pairs) * math.prod(IMAGE_SHAPE) > file_size:
         raise RefusedError(f"lists more images than {file_size} bytes can hold")
     images = torch.stack([image for image, _ in pairs])

@@ -265,6 +265,7 @@ FOREIGN = {
         lambda: one_item(torch.quantize_per_tensor(ZEROS, 0.1, 0, torch.qint8)),
         "holds tensors of type 'QInt8Storage'",
     ),
+    "one tensor": (lambda: pickle.dumps(torch.zeros(2, 3, 32, 32)), "holds no list of"),
     "a set": (lambda: one_item({1, 2}), "holds other things than tensors"),
     "torch.save": (lambda: torch_saved([(ZEROS, 0)], True), "written by torch.save; save"),
     "old torch.save": (lambda: torch_saved([(ZEROS, 0)], False), "written by torch.save; save"),
