@@ -7,6 +7,7 @@ a connection, an import, or a write anywhere else is an error, and memory and ti
 """
 
 import argparse
+import codecs
 import contextlib
 import io
 import json
@@ -342,6 +343,10 @@ def try_kind(make: Callable[[Path], Kind], folder: Path, watch: Watch) -> dict[s
     """Try CASES mutated files of a kind; return how many were refused, and what went wrong."""
     import resource
     import signal
+
+    for width in (16, 32):  # JSON may be in any of these, whose modules Python loads when needed
+        for order in ("", "-le", "-be"):
+            codecs.lookup(f"utf-{width}{order}")
 
     def most_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
