@@ -444,8 +444,7 @@ def name_predictions(models: list[Evaluated]) -> list[str]:
     files: dict[str, str] = {}
     for model in models:
         name = re.sub(r"[^\w.-]+", "_", model.name.removesuffix(".ckpt"))[:MAX_FILE_NAME]
-        numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        free = next(each for each in numbered if each.casefold() not in files)
+        free = next(each for each in cli.numbered(name) if each.casefold() not in files)
         files[free.casefold()] = f"predictions-{free}.csv"
     return list(files.values())
 

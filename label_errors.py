@@ -12,7 +12,6 @@ kept in label_corrections.csv when this script runs again.
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from common.data import (
     Correction,
     Dataset,
     describe,
+    find_fingerprint,
     format_corrections,
     near_duplicates,
     open_data,
@@ -104,9 +104,9 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
         UserError: the file is broken.
     """
     if path.exists():
-        found = re.search(r"labels of .+fingerprint (\w{1,40})", _first_line(path))
-        if found and found[1] != dataset.fingerprint:
-            other = _set_aside(path, found[1])
+        found = find_fingerprint(_first_line(path))
+        if found and found != dataset.fingerprint:
+            other = _set_aside(path, found)
             path.replace(other)
             cli.say(f"{path} was made for other data: it has been renamed {other.name}")
     earlier = _set_aside(path, dataset.fingerprint)

@@ -267,8 +267,7 @@ class Report:
         except Exception as error:  # of any kind, if somebody has edited a file
             if files.latest is None:
                 raise
-            with step_file(files.latest):
-                raise ValueError("lacks what the page shows") from error
+            raise unreadable(files.latest) from error
         cli.write_text(path, page)
         return path
 
@@ -404,8 +403,12 @@ def step_file(path: Path) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, ValueError, LookupError, TypeError, csv.Error) as error:
-        message = f"{path}: can't be read; delete {path.parent} to run this step again"
-        raise UserError(message) from error
+        raise unreadable(path) from error
+
+
+def unreadable(path: Path) -> UserError:
+    """Return the error for a step's file that can't be used."""
+    return UserError(f"{path}: can't be read; delete {path.parent} to run this step again")
 
 
 def read_predictions(path: Path, dataset: Dataset) -> np.ndarray:

@@ -11,7 +11,6 @@ A recipe holds all settings of a run, with reasons in common/recipes.py. The tra
 """
 
 import argparse
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -48,7 +47,15 @@ from common.recipes import (
     Recipe,
     with_epochs,
 )
-from common.train import IGNORE_INDEX, Run, describe_run, filter_labels, parallel_map, train
+from common.train import (
+    IGNORE_INDEX,
+    Run,
+    describe_run,
+    filter_labels,
+    parallel_map,
+    train,
+    worker_count,
+)
 
 import numpy as np
 import torch
@@ -112,7 +119,8 @@ def train_recipes(
 ) -> list[Trained]:
     """Train each recipe with each seed, as many runs at once as there are cores."""
     jobs, device = [], choose_device(arguments.device)
-    at_once = (os.cpu_count() or 1) if device.type == "cpu" else 1
+    threads = max(recipe.threads for recipe in recipes)
+    workers = worker_count(device, threads)
     for recipe in recipes:
         for number, seed in enumerate(arguments.seed):
             name = f"{recipe.name}-seed{seed}" if number else recipe.name
@@ -124,9 +132,8 @@ def train_recipes(
                 kept = replace(dataset, labels=earlier["labels"])
             elif "logits" not in earlier:
                 kept = filter_labels(recipe, dataset, seed, device)
-            position = len(jobs) % at_once
+            position = len(jobs) % workers
             jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier, position))
-    threads = max(recipe.threads for recipe in recipes)
     trained = list(parallel_map(train_run, jobs, device, "runs", threads))
     results.written += [run.checkpoint for run in trained]
     return trained

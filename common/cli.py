@@ -14,7 +14,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -417,10 +417,15 @@ class Results:
         say(f"\nwritten to {self.folder}:\n{textwrap.indent(lines, '  ')}")
 
 
+def numbered(name: str) -> Iterator[str]:
+    """Yield a name, and then the same with -2, -3 and so on: candidates for one that is free."""
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))
+
+
 def _free_folder(name: str, owner: str) -> Path:
     """Return results/<name>, or the first of results/<name>-2 and so on that is not another's."""
-    numbered = (f"{name}-{number}" for number in itertools.count(2))
-    folders = (Path("results") / each for each in itertools.chain([name], numbered))
+    folders = (Path("results") / each for each in numbered(name))
     return next(folder for folder in folders if _owner(folder) in (None, owner))
 
 

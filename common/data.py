@@ -503,6 +503,12 @@ def _format_rows(corrections: Sequence[Correction]) -> str:
     return rows
 
 
+def find_fingerprint(first_line: str) -> str | None:
+    """Return the fingerprint of the data that a file of corrections is for, None if it has none."""
+    found = re.search(r"labels of .+fingerprint (\w{1,40})", first_line)
+    return found[1] if found else None
+
+
 def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
     """Read a CSV file of corrections, also as spreadsheets save it.
 
@@ -513,12 +519,12 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     lines = content.decode(encoding, errors="replace").splitlines()
     lines = [line for line in lines if line.strip(' ,;\t"') and not line.startswith("sep=")]
-    found = re.search(r"labels of .+fingerprint (\w+)", lines[0] if lines else "")
+    found = find_fingerprint(lines[0] if lines else "")
     if not found:
         raise UserError(f"{path}: its first line does not name the data that it belongs to")
-    if found[1] != dataset.fingerprint:
+    if found != dataset.fingerprint:
         raise UserError(
-            f"{path}: is for data with fingerprint {safe_repr(found[1])}; {dataset.name}, "
+            f"{path}: is for data with fingerprint {safe_repr(found)}; {dataset.name}, "
             f"{dataset.split} has {dataset.fingerprint} (with --quick, that of its first images)"
         )
     rows = {}

@@ -493,7 +493,7 @@ def parallel_map(
         threads: of each job. A single thread never waits for another, so it does not stall when
             other processes are busy.
     """
-    workers = min(len(jobs), _core_count() // threads) if device.type == "cpu" else 1
+    workers = min(len(jobs), worker_count(device, threads))
     in_worker = multiprocessing.parent_process() is not None  # then the cores are in use
     hidden = in_worker or len(jobs) == 1 or None  # None: shown on a terminal only
     progress_bar = partial(tqdm, total=len(jobs), desc=description, leave=False, disable=hidden)
@@ -515,6 +515,11 @@ def parallel_map(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def worker_count(device: torch.device, threads: int) -> int:
+    """Return how many jobs of so many threads run at once: on a GPU, one."""
+    return max(1, _core_count() // threads) if device.type == "cpu" else 1
 
 
 def _core_count() -> int:

@@ -188,8 +188,12 @@ class _Calls:
             case (str(module), str()), _ if module.startswith("numpy"):
                 raise RefusedError("holds NumPy values other than plain numbers")
             case (str(module), str(name)), _:
-                raise RefusedError(f"asks for {safe_repr(f'{module}.{name}')}, which is refused")
+                raise _refused_name(module, name)
         raise ValueError("a call of something that is no global")
+
+
+def _refused_name(module: str, name: str) -> RefusedError:
+    return RefusedError(f"asks for {safe_repr(f'{module}.{name}')}, which is refused")
 
 
 def _encode(text: str) -> bytes:
@@ -300,7 +304,7 @@ def _parse(storage: Any) -> tuple[str, torch.dtype, int]:
         ):
             return key, STORAGE_TYPES[name], count
         case ("module", (str(module), str(name)), *_):
-            raise RefusedError(f"asks for {safe_repr(f'{module}.{name}')}, which is refused")
+            raise _refused_name(module, name)
         case ("storage", (str(), str(name)), *_) if name not in STORAGE_TYPES:
             raise RefusedError(f"holds tensors of type {safe_repr(name)}")
     raise ValueError("not the persistent id of a storage")
