@@ -45,7 +45,6 @@ from common.model import (
 from common.recipes import FINAL, ROBUST, with_epochs
 from common.train import describe_run, parallel_map, train
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -313,20 +312,6 @@ def draw_universal(dataset: Dataset, target: Target) -> Figure:
     return draw_rows(title, rows, bool(examples))
 
 
-def draw_perturbations(target: Target) -> Figure:
-    """Return a figure of the noise that is the same for all images, a column for each epsilon."""
-    rows = {}
-    for name, found in target.attacks.items():
-        cells = [
-            (rescale(each.noise[0], each.epsilon), f"{epsilon}, {describe_scale(each)}")
-            for epsilon, each in found.items()
-            if each.noise is not None
-        ]
-        if cells:
-            rows[textwrap.fill(ATTACKS[name], 14)] = cells
-    return draw_rows("Noise that is the same for all images, by epsilon (first seed)", rows)
-
-
 def draw_saliency(dataset: Dataset, targets: dict[str, Target]) -> Figure:
     """Return a figure of each model's saliency maps before and after FGSM."""
     plain = targets["plain"]
@@ -508,21 +493,8 @@ def draw_all(
     results.save_figure("4-fgsm", draw_fgsm(dev, plain))
     if "universal" in plain.attacks:
         results.save_figure("5-universal", draw_universal(dev, plain))
-    results.save_figure("5-perturbations", draw_perturbations(plain))
     results.save_figure("5-epsilons", draw_epsilons(summaries))
     results.save_figure("5-saliency", draw_saliency(dev, targets))
-
-
-def save_images(results: Results, dev: Dataset, targets: dict[str, Target]) -> None:
-    """Write `attacked-<model>.npz`: `clean`, `labels`, and images as `<attack> <epsilon>`.
-
-    Images are float32 [N, 3, 32, 32] in [0, 1], of the first run.
-    """
-    for name, target in targets.items():
-        arrays = {"clean": to_float(dev.images).numpy(), "labels": dev.labels.numpy()}
-        for attack, found in target.attacks.items():
-            arrays |= {f"{attack} {key}": each.images.numpy() for key, each in found.items()}
-        results.save(f"attacked-{name}.npz", partial(np.savez, **arrays))
 
 
 def parse_epsilon(text: str) -> float:
@@ -557,11 +529,6 @@ def make_parser() -> argparse.ArgumentParser:
         type=cli.positive_int,
         metavar="N",
         help="number of random dev images to attack (default: as many as a few minutes allow)",
-    )
-    parser.add_argument(
-        "--save-images",
-        action="store_true",
-        help="write all attacked images, 12 kB per image, attack and epsilon",
     )
     return parser
 
@@ -606,8 +573,6 @@ def main() -> None:
         numbers["comparison"] = compare(targets["robust"], targets["plain"], dev.labels)
     results.save_json("adversarial", numbers)
     draw_all(results, dev, targets, summaries)
-    if arguments.save_images:
-        save_images(results, dev, targets)
     print_summaries(numbers)
     results.print_written()
 

@@ -1,13 +1,12 @@
 """Step 3c: which labels are wrong?
 
     python label_errors.py
-    python label_errors.py --split dev
     python training.py --recipe final --labels results/<data>/label_corrections.csv
 
-Each image is classified by models that were not trained on it. A label that they contradict
-is flagged. Corrections that are probable enough are accepted; the others are up to you: open
-label_review.html in a browser, look through the flagged images, and save your decisions. They are
-kept in label_corrections.csv when this script runs again.
+Each training image is classified by models that were not trained on it. A label that they
+contradict is flagged. Corrections that are probable enough are accepted; the others are up to you:
+open label_review.html in a browser, look through the flagged images, and save your decisions. They
+are kept in label_corrections.csv when this script runs again.
 """
 
 import base64
@@ -21,7 +20,6 @@ from common import cli, metrics, plots
 from common.cli import Results
 from common.data import (
     CLASS_NAMES,
-    SPLITS,
     Correction,
     Dataset,
     describe,
@@ -33,36 +31,20 @@ from common.data import (
     unreviewed_mark,
 )
 from common.model import choose_device
-from common.recipes import LABEL_ERRORS, Recipe, with_epochs
-from common.train import cross_val_logits, filter_labels, parallel_map, train_and_predict
+from common.recipes import LABEL_ERRORS, with_epochs
+from common.train import cross_val_logits
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-DEV_MODELS = 3
+FILE = "label_corrections.csv"
 # A label is flagged for review if it is wrong with a higher probability than this.
 FLAG_THRESHOLD = 0.25
 # The suggested label is accepted if it is more probable than all others together.
 ACCEPT_THRESHOLD = 0.5
 SHEET_IMAGES = 120  # of one class, at most
-
-
-def predict(
-    recipe: Recipe, train: Dataset, dataset: Dataset, seed: int, device: torch.device
-) -> Tensor:
-    """Return logits, [N, C], of models that learned from the trusted labels of train.
-
-    Args:
-        dataset: train itself, for out-of-fold logits; or dev, for the mean of DEV_MODELS models.
-    """
-    if dataset is train:
-        return cross_val_logits(recipe, train, seed, device)
-    trusted = filter_labels(recipe, train, seed, device)
-    jobs = [(recipe, trusted, dataset.images, seed + n, device) for n in range(DEV_MODELS)]
-    return torch.stack(list(parallel_map(train_and_predict, jobs, device, "models"))).mean(dim=0)
 
 
 def is_chance_level(logits: Tensor, labels: Tensor) -> bool:
@@ -190,20 +172,19 @@ def draw_sheet(dataset: Dataset, corrections: Sequence[Correction], label: int) 
     ]
     first = f", the first {len(shown)} are shown" if len(shown) < len(flagged) else ""
     title = (
-        f"{len(flagged)} of {dataset.class_counts[label]} images labeled {CLASS_NAMES[label]} in "
-        f"{dataset.split} are flagged{first}. Above each image: its index, the most probable "
+        f"{len(flagged)} of {dataset.class_counts[label]} images labeled {CLASS_NAMES[label]} are "
+        f"flagged{first}. Above each image: its index, the most probable "
         "other label (? if it is not accepted), and its probability"
     )
     return plots.image_grid(title, dataset.images[[each.index for each in shown]], captions, 12)
 
 
-def render_review(dataset: Dataset, corrections: Sequence[Correction], file: str) -> str:
+def render_review(dataset: Dataset, corrections: Sequence[Correction]) -> str:
     """Return the page on which a person accepts or rejects, as one HTML file."""
     return cli.render(
         "label_review.html",
         name=cli.clean(dataset.name),
-        split=dataset.split,
-        file=file,
+        file=FILE,
         class_names=CLASS_NAMES,
         class_counts=dataset.class_counts,
         corrections=corrections,
@@ -219,45 +200,17 @@ def _encode_png(image: Tensor) -> str:
     return base64.b64encode(png.getvalue()).decode()
 
 
-def save(
-    results: Results,
-    dataset: Dataset,
-    corrections: Sequence[Correction],
-    suffix: str,
-    reviewed: bool,
-    numbers: dict[str, Any],
-) -> None:
-    """Write the table, the page to review it, a sheet for each class, and the numbers."""
-    file = f"label_corrections{suffix}.csv"
-    results.save_text(file, format_corrections(dataset, corrections, reviewed))
-    results.save_text(f"label_review{suffix}.html", render_review(dataset, corrections, file))
-    for label, name in enumerate(CLASS_NAMES):
-        sheet = draw_sheet(dataset, corrections, label)
-        results.save_figure(f"label-errors-{name}{suffix}", sheet)
-    results.save_json(f"label_errors{suffix}", numbers)
-
-
 def main() -> None:
     """Find the labels that are probably wrong."""
-    parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--split",
-        choices=SPLITS,
-        default="train",
-        help="split whose labels to check; the models are trained on train",
-    )
-    arguments = parser.parse_args()
+    arguments = cli.make_parser(__doc__).parse_args()
     device = choose_device(arguments.device)
-    data = open_data(arguments.data)
-    train = data.load("train", arguments.quick)
-    dataset = train if arguments.split == "train" else data.load("dev", arguments.quick)
+    dataset = open_data(arguments.data).load("train", arguments.quick)
     results = Results(arguments, describe(dataset))
-    suffix = "" if dataset is train else "-dev"
-    earlier = results.folder / f"label_corrections{suffix}.csv"
+    earlier = results.folder / FILE
     read_decisions(earlier, dataset)  # reports a broken file before the long work
 
     recipe = with_epochs(LABEL_ERRORS, None, arguments.quick)
-    logits = predict(recipe, train, dataset, arguments.seed, device)
+    logits = cross_val_logits(recipe, dataset, arguments.seed, device)
     posterior = metrics.label_posterior(logits, dataset.labels)
     at_chance = is_chance_level(logits, dataset.labels)
     found = [] if at_chance else find_corrections(dataset, posterior)
@@ -265,6 +218,10 @@ def main() -> None:
     corrections = list(({each.index: each for each in found} | decided).values())
 
     summary = summarize(dataset, corrections, posterior)
+    results.save_text(FILE, format_corrections(dataset, corrections, bool(decided)))
+    results.save_text("label_review.html", render_review(dataset, corrections))
+    for label, name in enumerate(CLASS_NAMES):
+        results.save_figure(f"label-errors-{name}", draw_sheet(dataset, corrections, label))
     numbers = {
         "recipe": asdict(recipe),
         "chance_level": at_chance,
@@ -273,7 +230,7 @@ def main() -> None:
         "reviewed": len(decided),
         "classes": summary,
     }
-    save(results, dataset, corrections, suffix, bool(decided), numbers)
+    results.save_json("label_errors", numbers)
     print_summary(summary)
     if at_chance:
         cli.say("\nThe models are no better than chance: they can't tell which labels are wrong.")

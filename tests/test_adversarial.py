@@ -201,7 +201,7 @@ def test_figures_say_so_where_nothing_was_fooled(model, dev):
 def test_script_writes_scores_by_model_attack_and_epsilon(
     run_script, course_folder, checkpoint, tmp_path
 ):
-    options = ("--data", course_folder, *QUICK, "--checkpoint", checkpoint, "--save-images")
+    options = ("--data", course_folder, *QUICK, "--checkpoint", checkpoint)
     epsilons = ("--epsilons", "0.1", "0.0501", "0.0502", "0.1")  # alike in two digits, and twice
     robust = ("--robust", checkpoint)
     status, printed, error = run_script(adversarial, *options, *epsilons, *robust)
@@ -220,19 +220,8 @@ def test_script_writes_scores_by_model_attack_and_epsilon(
             assert keys | {"most_predicted"} <= set(scores)
     assert {"runs", "spread"} <= set(plain["attacks"]["universal"]["0.1"])
     assert "pgd" in written["comparison"]
-    for name in ("4-fgsm", "5-universal", "5-perturbations", "5-epsilons", "5-saliency"):
+    for name in ("4-fgsm", "5-universal", "5-epsilons", "5-saliency"):
         assert (tmp_path / f"out/{name}.png").exists()
-    with np.load(tmp_path / "out/attacked-plain.npz", allow_pickle=False) as saved:
-        names = {f"{attack} {epsilon}" for attack in ATTACKS for epsilon in ("0.0501", "0.1")}
-        assert {"clean", "labels"} | names <= set(saved)
-        for name in names:
-            assert np.abs(saved[name] - saved["clean"]).max() <= float(name.split()[1]) + 1e-6
-            correct = predict_logits(
-                load_checkpoint(checkpoint).model, torch.from_numpy(saved[name])
-            )
-            accuracy = np.mean(correct.argmax(dim=1).numpy() == saved["labels"])
-            attack, epsilon = name.split()
-            assert accuracy == pytest.approx(plain["attacks"][attack][epsilon]["accuracy"])
 
 
 def test_script_trains_the_final_recipe_once(run_script, course_folder, tmp_path, monkeypatch):

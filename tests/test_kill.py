@@ -25,7 +25,7 @@ SCRIPTS = {
     "label_errors": [],
     "tuning": [],
     "lr_analysis": ["--rates", "0.01", "0.001"],
-    "adversarial": ["--save-images"],
+    "adversarial": [],
     "report": [],
 }
 # A stopped search goes on, and label corrections that were written count as the user's decisions:

@@ -9,7 +9,7 @@ import label_errors
 from common import cli
 from common.data import CLASS_NAMES, Correction, format_corrections, open_data, read_corrections
 from common.recipes import LABEL_ERRORS
-from common.train import FOLDS, IGNORE_INDEX
+from common.train import FOLDS, IGNORE_INDEX, cross_val_logits
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def models(monkeypatch, noisy):
     """Models that know the true labels, in place of trained ones."""
     true = torch.tensor(json.loads((noisy / "true_labels.json").read_text())["train"])
     monkeypatch.setattr(
-        label_errors, "predict", lambda recipe, train, dataset, seed, device: sure_logits(true)
+        label_errors, "cross_val_logits", lambda recipe, dataset, seed, device: sure_logits(true)
     )
 
 
@@ -175,7 +175,7 @@ def test_decisions_for_other_data_are_set_aside(noisy, models, run_script, tmp_p
 def test_a_broken_file_of_decisions_is_reported_before_the_models_are_trained(
     noisy, run_script, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(label_errors, "predict", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(label_errors, "cross_val_logits", lambda *_: pytest.fail("too late"))
     (tmp_path / "out").mkdir()
     train = open_data(str(noisy)).load("train")
     text = format_corrections(train, [Correction(1, int(train.labels[1]), 0, 0.9, True)])
@@ -189,7 +189,7 @@ def test_models_at_chance_level_flag_nothing_and_it_is_said(
     noisy, monkeypatch, run_script, tmp_path
 ):
     logits = torch.randn(160, 3, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(label_errors, "predict", lambda *_: logits)
+    monkeypatch.setattr(label_errors, "cross_val_logits", lambda *_: logits)
     status, out, _ = run_script(label_errors, "--data", noisy, "--out", tmp_path / "out")
     assert status == 0
     assert "no better than chance" in out
@@ -232,7 +232,7 @@ def test_images_that_the_first_models_flag_are_not_trained_on_by_the_next(monkey
             yield logits
 
     monkeypatch.setattr("common.train.parallel_map", predict)
-    logits = label_errors.predict(LABEL_ERRORS, train, train, 0, torch.device("cpu"))
+    logits = cross_val_logits(LABEL_ERRORS, train, 0, torch.device("cpu"))
     first, second = calls[:FOLDS], calls[FOLDS:]
     assert first == [(LABEL_ERRORS.label_filter, 0)] * FOLDS
     assert [recipe for recipe, _ in second] == [LABEL_ERRORS] * FOLDS
@@ -247,15 +247,14 @@ def true_labels_of(images, dataset):
 
 
 @pytest.mark.slow
-def test_the_script_trains_and_checks_both_splits(noisy, run_script, tmp_path):
-    for split, suffix in (("train", ""), ("dev", "-dev")):
-        status, _, error = run_script(
-            label_errors, "--data", noisy, "--out", tmp_path / "out", "--quick", "--split", split
-        )
-        assert status == 0, error
-        dataset = open_data(str(noisy)).load(split, quick=True)
-        read_corrections(tmp_path / "out" / f"label_corrections{suffix}.csv", dataset)
-        assert (tmp_path / "out" / f"label-errors-cat{suffix}.png").stat().st_size > 0
+def test_the_script_trains_and_writes_a_table_that_can_be_applied(noisy, run_script, tmp_path):
+    status, _, error = run_script(
+        label_errors, "--data", noisy, "--out", tmp_path / "out", "--quick"
+    )
+    assert status == 0, error
+    dataset = open_data(str(noisy)).load("train", quick=True)
+    read_corrections(tmp_path / "out/label_corrections.csv", dataset)
+    assert (tmp_path / "out/label-errors-cat.png").stat().st_size > 0
 
 
 # ---- the review page ----------------------------------------------------------------------------
@@ -332,8 +331,7 @@ def test_the_review_page_in_a_browser(tmp_path):
     corrections = [Correction(i, 0, 1, 0.9, accept=True) for i in range(4)]
     corrections += [Correction(i, 2, 0, 0.6, accept=False) for i in range(25, 28)]
     page = tmp_path / "label_review.html"
-    file = "label_corrections.csv"
-    page.write_text(label_errors.render_review(dataset, corrections, file), encoding="utf-8")
+    page.write_text(label_errors.render_review(dataset, corrections), encoding="utf-8")
 
     browser = Browser(tmp_path)
     try:
@@ -374,7 +372,7 @@ def test_the_review_page_in_a_browser(tmp_path):
             (corrections, "cat 2 of 3, truck 0 of 0, car 2 of 4"),
             (rejected, "cat 0 of 3, truck 0 of 0, car 0 of 4"),
         ):
-            page.write_text(label_errors.render_review(dataset, opened, file), encoding="utf-8")
+            page.write_text(label_errors.render_review(dataset, opened), encoding="utf-8")
             browser.call("Page.navigate", url=page.as_uri())
             browser.wait_for("Page.loadEventFired")
             assert browser.evaluate(counts) == f"accepted: {accepted}"
@@ -385,9 +383,11 @@ def test_the_review_page_in_a_browser(tmp_path):
     finally:
         browser.process.kill()
         browser.process.wait()
-    saved = {each.index: each.accept for each in read_corrections(tmp_path / file, dataset)}
+    saved = {
+        each.index: each.accept for each in read_corrections(tmp_path / label_errors.FILE, dataset)
+    }
     assert saved == {0: False, 1: False, 2: True, 3: True, 25: True, 26: False, 27: True}
-    assert (tmp_path / file).read_text() == format_corrections(
+    assert (tmp_path / label_errors.FILE).read_text() == format_corrections(
         dataset, [replace(each, accept=saved[each.index]) for each in corrections]
     )
 

@@ -427,12 +427,13 @@ def saved(content, **settings):
     return file.getvalue()
 
 
-def compressed(raw):
-    """Return the same zip file with its members compressed."""
+def compressed(raw, suffix="", compression=zipfile.ZIP_DEFLATED):
+    """Return the same zip file with its members, or those with this suffix, compressed."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(raw)) as source, zipfile.ZipFile(file, "w") as target:
         for name in source.namelist():
-            target.writestr(name, source.read(name), zipfile.ZIP_DEFLATED)
+            kind = compression if name.endswith(suffix) else zipfile.ZIP_STORED
+            target.writestr(name, source.read(name), kind)
     return file.getvalue()
 
 
@@ -545,20 +546,16 @@ def test_tensors_that_reach_beyond_their_storage_are_refused(offset, size, strid
     assert refusal_of(content, tmp_path / "x") == "not a file of torch.save, or cut short"
 
 
-def compressed_zip(compression):
+def with_compressed_pickle(compression):
     """Return a checkpoint, otherwise good, whose small pickle is compressed."""
-    file = io.BytesIO()
-    raw = saved({"model_state_dict": new_model().state_dict()})
-    with zipfile.ZipFile(io.BytesIO(raw)) as source, zipfile.ZipFile(file, "w") as target:
-        for name in source.namelist():
-            kind = compression if name.endswith("data.pkl") else zipfile.ZIP_STORED
-            target.writestr(name, source.read(name), kind)
-    return file.getvalue()
+    return compressed(
+        saved({"model_state_dict": new_model().state_dict()}), "data.pkl", compression
+    )
 
 
 GREEDY_FILES = {
-    "deflate": compressed_zip(zipfile.ZIP_DEFLATED),
-    "bzip2": compressed_zip(zipfile.ZIP_BZIP2),
+    "deflate": with_compressed_pickle(zipfile.ZIP_DEFLATED),
+    "bzip2": with_compressed_pickle(zipfile.ZIP_BZIP2),
     "large memo keys": with_pickle(b"}p%d\n" % 2**61),
     "negative memo keys": with_pickle(b"}p-1\n"),
     "a name of many words": with_pickle(b"cab" + b" ab" * 10**6 + b"\nx\n)R"),
