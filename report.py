@@ -42,14 +42,13 @@ from common.metrics import SCORE_TITLES
 from common.model import choose_device, describe_checkpoint, load_checkpoint
 
 import numpy as np
-import psutil
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from markupsafe import Markup
 from PIL import Image
 
 MAX_STEP_SECONDS = 1e7
 SECONDS_FOR_CTRL_C = 2.0  # that a script has to stop by itself
 CODE = "common/*.py data/*.py models/*.ckpt"  # what the results of each step depend on
-SECONDS_TO_LOCK = 10  # after that, a lock without an owner is that of a killed process
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
     "*.py *.html README.md requirements*.txt pyproject.toml Makefile LICENSE common/*.py "
@@ -366,31 +365,16 @@ def digest(paths: list[Path]) -> str:
     return hashlib.sha256(" ".join(each).encode()).hexdigest()[:12]
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second report out of the folder; the lock of a process that has ended is ignored.
+def lock(folder: Path) -> AcquireReturnProxy:
+    """Keep a second report out of the folder until this process ends, for whatever reason.
 
     Raises:
         UserError: another report is being made there.
     """
-    lock = folder / "running.pid"
-    with contextlib.suppress(OSError, ValueError, OverflowError):
-        owner = lock.read_text(encoding="utf-8")
-        just_made = time.time() - lock.stat().st_mtime < SECONDS_TO_LOCK
-        in_use = psutil.pid_exists(int(owner)) if owner else just_made
-        if not in_use or owner == str(os.getpid()):
-            lock.unlink()
     try:
-        file = lock.open("x", encoding="utf-8")
-    except FileExistsError as error:
-        message = f"{folder}: another report.py is writing to it; if none is, delete {lock}"
-        raise UserError(message) from error
-    try:
-        with file:
-            file.write(str(os.getpid()))
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
+        return FileLock(folder / "running.lock").acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: another report.py is writing to it") from error
 
 
 @contextlib.contextmanager
@@ -547,7 +531,7 @@ def main() -> None:
     folder = arguments.out or Path("report-quick" if arguments.quick else "report")
     report, start = Report(arguments, folder), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with lock(folder):
         cli.remove_leftovers(folder)
         try:
             report.run()

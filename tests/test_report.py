@@ -479,34 +479,27 @@ def test_broken_result_ends_with_one_line(make_report, tmp_path):
 
 def test_second_report_in_the_same_folder_is_refused(make_report, scripts, tmp_path):
     (tmp_path / "out").mkdir()
-    lock = tmp_path / "out/running.pid"
-    lock.write_text(str(os.getppid()))  # of a process that runs
-    status, _, error = make_report()
+    with report.lock(tmp_path / "out"):
+        status, _, error = make_report()
     assert status == 2
-    assert error.startswith("error: out: another report.py is writing to it")
-    assert error.count("\n") == 1
+    assert error == "error: out: another report.py is writing to it\n"
     assert scripts.calls == []
-    assert lock.exists()
-
-
-def test_lock_of_a_process_that_has_ended_is_ignored(make_report, tmp_path):
-    (tmp_path / "out").mkdir()
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    lock = tmp_path / "out/running.pid"
-    lock.write_text(str(ended.pid))
     assert make_report()[0] == 0
-    assert not lock.exists()
 
 
-def test_lock_without_an_owner_is_that_of_a_report_that_starts_just_now(tmp_path):
-    lock = tmp_path / "running.pid"
-    lock.touch()
-    with pytest.raises(UserError, match="another report.py is writing"), report.locked(tmp_path):
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    hold = "import report, sys, pathlib; lock = report.lock(pathlib.Path(sys.argv[1])); "
+    hold += "print('locked', flush=True); input()"
+    command = [sys.executable, "-c", hold, tmp_path]
+    with subprocess.Popen(
+        command, cwd=cli.PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match="another report.py is writing"):
+            report.lock(tmp_path)
+        holder.kill()
+    with report.lock(tmp_path):
         pass
-    os.utime(lock, (0, 0))
-    with report.locked(tmp_path):
-        assert lock.read_text() == str(os.getpid())
 
 
 def test_failing_script_ends_the_report_with_its_own_line(tmp_path, capfd, monkeypatch):
