@@ -3,6 +3,7 @@
     python evaluation.py
     python evaluation.py --checkpoint models/best.ckpt --split train
     python evaluation.py --checkpoint models/*.ckpt hand_ins/ --rank-by g_mean
+    python evaluation.py --checkpoint results/<data>/final.ckpt --show-mismatch
     python evaluation.py --checkpoint models/best.ckpt --image cat.jpg dog.png
 
 With 88% cars, a model that always predicts "car" has 88% accuracy. The mean of its recalls, the
@@ -33,12 +34,13 @@ from common.data import CLASS_NAMES, SPLITS, Dataset, describe, open_data, read_
 from common.metrics import SCORE_TITLES
 from common.model import (
     ASSUMED_RANGE,
+    COURSE_RANGE,
     Checkpoint,
+    Classifier,
     choose_device,
     describe_checkpoint,
     finite_logits,
     load_checkpoint,
-    predict_logits,
     with_pixel_range,
 )
 from common.recipes import REPORT_SCORES
@@ -193,7 +195,8 @@ class Evaluated:
     metadata: dict[str, Any]
     logits: Tensor
     scores: dict[str, Any]  # as metrics.evaluate returns them
-    other_range: dict[str, Any] | None = None  # a bare checkpoint's scores when it is fed [0, 1]
+    pixel_range: tuple[float, float] | None = None  # None: it had to be assumed
+    other_range: dict[str, Any] | None = None  # the scores with pixels in the other range
     rank: int = 1
     to_best: dict[str, Any] | None = None  # from metrics.compare
 
@@ -224,18 +227,28 @@ def evaluate(
 ) -> Evaluated:
     """Return what one checkpoint predicts, and how good that is.
 
-    If its pixel range had to be assumed ([-1, 1], the course's), it is scored with [0, 1], too.
+    If its pixel range had to be assumed, or with --show-mismatch, it is scored in the other, too.
     """
     loaded = load(source, arguments, alone)
-    model = loaded.model
-    logits = finite_logits(model, dataset.images, source.name)
+    logits = finite_logits(loaded.model, dataset.images, source.name)
     scores = metrics.evaluate(dataset.labels, logits.argmax(dim=1))
     found = Evaluated(source.name, loaded.metadata, logits, scores)
-    if loaded.bare and not arguments.pixel_range:
-        other = predict_logits(with_pixel_range(model, (0.0, 1.0)), dataset.images).argmax(dim=1)
-        compared = metrics.compare(dataset.labels, other, found.predicted)
-        found.other_range = metrics.evaluate(dataset.labels, other) | {"comparison": compared}
+    if arguments.pixel_range or not loaded.bare:
+        found.pixel_range = loaded.model.pixel_range
+    if arguments.show_mismatch or not found.pixel_range:
+        found.other_range = evaluate_other_range(loaded.model, found, dataset)
     return found
+
+
+def evaluate_other_range(model: Classifier, found: Evaluated, dataset: Dataset) -> dict[str, Any]:
+    """Return the model's scores when its pixels are in the other range, compared with its own."""
+    low, high = other = (0.0, 1.0) if model.pixel_range == COURSE_RANGE else COURSE_RANGE
+    name = f"{found.name}: with pixels in [{low:g}, {high:g}]"
+    logits = finite_logits(with_pixel_range(model, other), dataset.images, name)
+    predicted = logits.argmax(dim=1)
+    compared = metrics.compare(dataset.labels, predicted, found.predicted)
+    scores = metrics.evaluate(dataset.labels, predicted)
+    return scores | {"pixel_range": other, "comparison": compared}
 
 
 def evaluate_one(source: Source, dataset: Dataset, arguments: argparse.Namespace) -> None:
@@ -245,7 +258,7 @@ def evaluate_one(source: Source, dataset: Dataset, arguments: argparse.Namespace
     scores, probabilities = found.scores, found.logits.softmax(dim=1)
     scores["ece"] = metrics.expected_calibration_error(probabilities, dataset.labels)
     numbers = {"checkpoint": {"file": source.name, **found.metadata}, "split": dataset.split}
-    numbers |= scores | {"fed_0_to_1": found.other_range}
+    numbers |= scores | {"other_range": found.other_range}
     results.save_json("evaluation", numbers)
     results.save_text("predictions.csv", metrics.format_predictions(dataset.labels, found.logits))
     results.save_figure("confusion", draw_confusion(found))
@@ -288,8 +301,16 @@ def print_remarks(found: Evaluated, dataset: Dataset) -> None:
 
 
 def describe_pixel_range(found: Evaluated) -> str:
-    """Say which pixel range was used for a bare checkpoint, and which one is better."""
+    """Say what the other pixel range changes, and which one to use if its own was assumed."""
     own, other = found.scores, found.other_range
+    if found.pixel_range:
+        ranges = (other["pixel_range"], found.pixel_range)
+        wrong, right = (f"[{low:g}, {high:g}]" for low, high in ranges)
+        return (
+            f"With pixels in {wrong} instead of {right}, the range it was trained on, {found.name} "
+            f"has a G-mean of {other['g_mean']:.3f} instead of {own['g_mean']:.3f}: "
+            f"{other['comparison']['text']}."
+        )
     low, high = other["comparison"]["interval"]
     if low > 0:
         verdict = "is better: use --pixel-range 0,1"
@@ -425,7 +446,7 @@ def save_ranking(
             "rank": model.rank,
             **model.scores,
             "to_best": model.to_best,
-            "fed_0_to_1": model.other_range,
+            "other_range": model.other_range,
             "checkpoint": model.metadata,
         }
         for model, file in zip(models, files, strict=True)
@@ -463,7 +484,7 @@ def format_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_
             row |= {f"{key}_low": f"{low:.4f}", f"{key}_high": f"{high:.4f}"}
         row |= {"ranked_by": rank_by, "tied_with_best": "yes" if _is_tied(model) else "no"}
         other = model.other_range
-        row["g_mean_if_fed_0_to_1"] = f"{other['g_mean']:.4f}" if other else ""
+        row["g_mean_in_other_range"] = f"{other['g_mean']:.4f}" if other else ""
         rows.append(row)
     file = io.StringIO()
     writer = csv.DictWriter(file, [*rows[0], "not_evaluated"], lineterminator="\n")
@@ -500,7 +521,7 @@ def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_b
 
 
 def describe_ties(models: list[Evaluated]) -> list[str]:
-    """Say which models may be as good as the best, predict the same, or need --pixel-range 0,1."""
+    """Say which models may be as good as the best or predict the same; compare pixel ranges."""
     best, *others = models
     tied = ", ".join(_short(model.name) for model in others if _is_tied(model)) or "none"
     reason = "the interval of the paired difference contains 0"
@@ -510,7 +531,8 @@ def describe_ties(models: list[Evaluated]) -> list[str]:
         same[model.predicted.numpy().tobytes()].append(_short(model.name))
     texts += [f"Same predictions: {', '.join(names)}." for names in same.values() if len(names) > 1]
     for model in models:
-        if model.other_range and model.other_range["comparison"]["interval"][0] > 0:
+        other = model.other_range
+        if other and (model.pixel_range or other["comparison"]["interval"][0] > 0):
             texts.append(describe_pixel_range(model))
     return texts
 
@@ -646,6 +668,11 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="dev", help="the split to evaluate on")
     parser.add_argument(
         "--rank-by", choices=tuple(SCORE_TITLES), default="g_mean", help="the score to rank by"
+    )
+    parser.add_argument(
+        "--show-mismatch",
+        action="store_true",
+        help="also evaluate each model with pixels in the wrong range: the bug of step 3g",
     )
     parser.add_argument(
         "--image",

@@ -95,8 +95,8 @@ STEPS = (
     Step(
         "mismatch",
         "3g. Pixels in the wrong range",
-        7,
-        "training.py --show-mismatch --checkpoint {recipes}/final.ckpt",
+        10,
+        "evaluation.py --show-mismatch --checkpoint {recipes}/final.ckpt",
     ),
     Step("best", "3. The recipe best", 590, f"{RECIPE} best", all_seeds=True, full=True),
     Step("tuning", "3i. A search for settings", 750, "tuning.py", full=True),
@@ -194,8 +194,7 @@ class Report:
 
     def result_of(self, step: Step) -> Path:
         """Return the path of a step's JSON file."""
-        result = "mismatch" if step.name == "mismatch" else Path(step.script).stem
-        return self.paths[step.name] / f"{result}.json"
+        return self.paths[step.name] / f"{Path(step.script).stem}.json"
 
     def time_left(self, number: int) -> str:
         """Estimate how long the rest will take from the steps so far."""

@@ -4,7 +4,6 @@
     python training.py --recipe all --seed 0,1,2
     python training.py --recipe tuned,best --labels results/<data>/label_corrections.csv
     python training.py --settings results/<data>/tuning.json
-    python training.py --show-mismatch
 
 A recipe holds all settings of a run, with reasons in common/recipes.py. The training loop is
 `train` in common/train.py.
@@ -28,16 +27,7 @@ from common.data import (
     read_corrections,
 )
 from common.metrics import SCORE_TITLES
-from common.model import (
-    Classifier,
-    choose_device,
-    describe_checkpoint,
-    finite_logits,
-    load_checkpoint,
-    predict_logits,
-    save_checkpoint,
-    with_pixel_range,
-)
+from common.model import Classifier, choose_device, load_checkpoint, predict_logits, save_checkpoint
 from common.recipes import (
     FINAL,
     RECIPES,
@@ -362,46 +352,6 @@ def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-# ---- step 3g: pixels in the wrong range -----------------------------------------------------
-
-
-def show_mismatch(
-    model: Classifier, origin: dict[str, Any], dev: Dataset, results: Results
-) -> None:
-    """Evaluate one model in its own pixel range and in the wrong one: the bug of step 3g."""
-    own = model.pixel_range
-    other = (0.0, 1.0) if own == (-1.0, 1.0) else (-1.0, 1.0)
-    right, wrong = (
-        finite_logits(each, dev.images, origin["file"]).argmax(dim=1).numpy()
-        for each in (model, with_pixel_range(model, other))
-    )
-    scores = {
-        "right_range": metrics.evaluate(dev.labels, right),
-        "wrong_range": metrics.evaluate(dev.labels, wrong),
-        "comparison": metrics.compare(dev.labels, wrong, right),
-    }
-    results.save_json("mismatch", {"checkpoint": origin, **scores})
-    rows = [
-        [f"pixels in [{low:g}, {high:g}]", which.replace("_", " ")]
-        + [f"{scores[which][score]:.3f}" for score in SCORE_TITLES]
-        for which, (low, high) in (("right_range", own), ("wrong_range", other))
-    ]
-    cli.print_table(["the same model on", "", *SCORE_TITLES.values()], rows)
-    cli.say(f"G-mean in the wrong range: {scores['comparison']['text']}.")
-
-
-def load_final(
-    arguments: argparse.Namespace, results: Results, device: torch.device
-) -> tuple[Classifier, dict[str, Any]]:
-    """Return the model that --checkpoint names, or final of an earlier run, and its origin."""
-    path = arguments.checkpoint or results.folder / f"{FINAL.name}.ckpt"
-    if not path.exists() and not arguments.checkpoint:
-        raise UserError(f"{path}: no such file; run training.py --recipe final first")
-    found = load_checkpoint(path, arguments.pixel_range)
-    cli.say(f"model: {path}, {describe_checkpoint(found.metadata)}\n")
-    return found.model.to(device), {"file": path.name, **found.metadata}
-
-
 # ---- options --------------------------------------------------------------------------------
 
 
@@ -461,35 +411,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="resume stopped runs of the same command"
     )
-    parser.add_argument(
-        "--show-mismatch",
-        action="store_true",
-        help="instead of training, evaluate one model in the right and in the wrong pixel range",
-    )
-    cli.add_checkpoint_option(parser, "final of an earlier run (for --show-mismatch only)")
     arguments = parser.parse_args()
-    names = ("recipe", "settings", "epochs", "labels", "resume")
-    if arguments.show_mismatch and any(getattr(arguments, name) for name in names):
-        parser.error("--show-mismatch trains nothing; omit the options of training")
     if arguments.recipe and arguments.settings:
         parser.error("--recipe and --settings exclude each other")
-    if (arguments.checkpoint or arguments.pixel_range) and not arguments.show_mismatch:
-        parser.error("--checkpoint and --pixel-range go with --show-mismatch")
     return arguments
 
 
 def main() -> None:
     """Train recipes and compare them with the report's."""
     arguments = parse_arguments()
-    device = choose_device(arguments.device)
+    choose_device(arguments.device)  # so that a wrong name is reported before any work
     recipes = choose_recipes(arguments)
     data = open_data(arguments.data)
     dev = data.load("dev", arguments.quick)
-    if arguments.show_mismatch:
-        results = Results(arguments, describe(dev))
-        show_mismatch(*load_final(arguments, results, device), dev, results)
-        results.print_written()
-        return
     dataset = data.load("train", arguments.quick)
     if arguments.labels:
         dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))

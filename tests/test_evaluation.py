@@ -10,7 +10,7 @@ from pathlib import Path
 import evaluation
 from common import metrics
 from common.cli import UserError
-from common.data import CLASS_NAMES, Dataset
+from common.data import CLASS_NAMES, Dataset, to_float
 from common.model import build_model, predict_logits, save_checkpoint
 
 import numpy as np
@@ -130,7 +130,7 @@ def test_bare_checkpoint_is_tried_in_both_pixel_ranges(run_script, dev_set):
     status, printed, _ = run_script(evaluation, *options)
     assert status == 0
     taken = json.loads(Path("out/evaluation.json").read_text())
-    other = taken["fed_0_to_1"]
+    other = taken["other_range"]
     text = " ".join(printed.split())
     assert "Assumed: [-1, 1], as in the course, with G-mean 0.000 and accuracy 0.667." in text
     assert f"[0, 1], with {other['g_mean']:.3f} and 0.911, is better: use --pixel-range 0,1" in text
@@ -139,6 +139,77 @@ def test_bare_checkpoint_is_tried_in_both_pixel_ranges(run_script, dev_set):
     _, printed, _ = run_script(evaluation, *options, "--pixel-range", "0,1")
     assert json.loads(Path("out/evaluation.json").read_text())["g_mean"] == other["g_mean"]
     assert "does not state" not in printed
+
+
+@pytest.mark.parametrize(
+    ("file", "named", "right", "wrong"),
+    [
+        ("mine.ckpt", None, "[0, 1]", "[-1, 1]"),
+        ("bare.ckpt", "0,1", "[0, 1]", "[-1, 1]"),
+        ("bare.ckpt", "-1,1", "[-1, 1]", "[0, 1]"),
+    ],
+)
+def test_mismatch_evaluates_one_model_in_two_ranges(run_script, dev_set, file, named, right, wrong):
+    model = brightest_channel(pixel_range=(0.0, 1.0))
+    save_checkpoint(Path("mine.ckpt"), model, {})
+    torch.save(model.state_dict(), "bare.ckpt")
+    options = ["--data", "hidden", "--out", "out", "--checkpoint", file, "--show-mismatch"]
+    options += ["--pixel-range", named] if named else []
+    status, printed, _ = run_script(evaluation, *options)
+    assert status == 0
+    found = json.loads(Path("out/evaluation.json").read_text())
+    other = found["other_range"]
+    assert other["pixel_range"] == json.loads(wrong)
+    pixels = to_float(dev_set.images)
+    predicted = {}
+    for scores, pixel_range in ((found, right), (other, wrong)):
+        low, high = json.loads(pixel_range)
+        with torch.no_grad():
+            classes = model.logits(pixels * (high - low) + low).argmax(dim=1)
+        assert scores["accuracy"] == accuracy_score(dev_set.labels, classes)
+        assert scores["g_mean"] == pytest.approx(geometric_mean_score(dev_set.labels, classes))
+        predicted[pixel_range] = classes
+    expected = metrics.compare(dev_set.labels, predicted[wrong], predicted[right])
+    assert other["comparison"] == expected
+    assert (
+        f"With pixels in {wrong} instead of {right}, the range it was trained on, {file} has a "
+        f"G-mean of {other['g_mean']:.3f} instead of {found['g_mean']:.3f}: {expected['text']}."
+    ) in printed
+    assert "--pixel-range" not in printed
+
+
+def test_ranking_compares_ranges_and_advises_on_assumed_ones_only(run_script, dev_set):
+    model = brightest_channel(pixel_range=(0.0, 1.0))
+    save_checkpoint(Path("mine.ckpt"), model, {})
+    torch.save(model.state_dict(), "bare.ckpt")
+    options = ("--data", "hidden", "--out", "out", "--checkpoint", "mine.ckpt", "bare.ckpt")
+    ranges = {}
+    for added in ((), ("--show-mismatch",), ("--show-mismatch", "--pixel-range", "-1,1")):
+        _, printed, _ = run_script(evaluation, *options, *added)
+        models = json.loads(Path("out/ranking.json").read_text())["models"]
+        assert [each["name"] for each in models] == ["mine.ckpt", "bare.ckpt"]
+        others = [each["other_range"] for each in models]
+        ranges[added] = [other and other["pixel_range"] for other in others]
+        text = " ".join(printed.split())
+        assert ("bare.ckpt does not state its pixel range" in text) == (len(added) < 3)
+        assert ("use --pixel-range 0,1" in text) == (len(added) < 3)
+        assert ("trained on, mine.ckpt has a G-mean of 0.000" in text) == bool(added)
+        column = [row["g_mean_in_other_range"] for row in read_csv(Path("out/ranking.csv"))]
+        assert column == [f"{other['g_mean']:.4f}" if other else "" for other in others]
+    assert list(ranges.values()) == [[None, [0, 1]], *[[[-1, 1], [0, 1]]] * 2]
+
+
+def test_mismatch_of_a_model_whose_logits_are_not_finite_is_refused(run_script, dev_set):
+    model = brightest_channel(pixel_range=(0.0, 1.0))
+    with torch.no_grad():  # pixels below 0 overflow
+        model.conv1.weight[3, :, 2, 2] = -1e30
+        model.conv2.weight[3, 3] = 1e30
+    save_checkpoint(Path("huge.ckpt"), model, {})
+    options = ("--data", "hidden", "--out", "out", "--checkpoint", "huge.ckpt")
+    assert run_script(evaluation, *options)[0] == 0
+    status, _, error = run_script(evaluation, *options, "--show-mismatch")
+    reason = "with pixels in [-1, 1]: its logits are NaN or infinite"
+    assert (status, error) == (2, f"error: huge.ckpt: {reason}\n")
 
 
 def test_pixel_range_is_refused_for_a_checkpoint_that_has_its_own(run_script, dev_set):

@@ -98,7 +98,11 @@ class FakeScripts:
 
     def evaluation(self):
         logits = predict(self.dev.labels, 0)
-        self.save("evaluation.json", {**self.scores(0), "ece": 0.1})
+        numbers = {**self.scores(0), "ece": 0.1}
+        if "--show-mismatch" in self.options:
+            found = {"difference": -0.2, "interval": [-0.3, -0.1], "runs": 1}
+            numbers["other_range"] = self.scores(1) | {"comparison": found}
+        self.save("evaluation.json", numbers)
         text = metrics.format_predictions(self.dev.labels, logits)
         (self.out / "predictions.csv").write_text(text)
         write_png(self.out / "confusion.png")
@@ -112,11 +116,6 @@ class FakeScripts:
         (self.out / "label_corrections.csv").write_text(text)
 
     def training(self):
-        if "--show-mismatch" in self.options:
-            found = {"difference": -0.2, "interval": [-0.3, -0.1], "runs": 1}
-            scores = {"right_range": self.scores(0), "wrong_range": self.scores(1)}
-            self.save("mismatch.json", {"checkpoint": {}, **scores, "comparison": found})
-            return
         name = self.options["--recipe"]
         recipes = [*REPORT_RECIPES, "tuned"] if name == "all" else [name]
         seeds = [int(seed) for seed in self.options["--seed"].split(",")]
@@ -262,6 +261,7 @@ def test_page_shows_what_the_json_files_hold(options, make_report, tmp_path):
     assert ("One seed" in text) == ("--seed" not in options)
     assert ("tuning.py</code> tried" in text) == ("--full" in options)
     assert "Figure 1." in text
+    assert "<code>evaluation.py --show-mismatch</code>" in text
 
 
 def test_page_names_the_command_that_ran(make_report, tmp_path, course_folder):
@@ -440,13 +440,13 @@ def test_steps_that_took_no_possible_time_run_again(make_report, scripts, tmp_pa
 
 def test_step_whose_result_is_gone_runs_again(make_report, scripts, tmp_path):
     make_report()
-    (tmp_path / "out/steps/mismatch/mismatch.json").unlink()
+    (tmp_path / "out/steps/mismatch/evaluation.json").unlink()
     assert make_report()[0] == 0
     assert steps_that_ran(scripts) == ["mismatch"]
 
 
 BROKEN_RESULTS = {
-    "mismatch/mismatch.json": ["{", "{}"],
+    "mismatch/evaluation.json": ["{", "{}"],
     "recipes/training.json": ["[]"],
     "recipes/predictions-final.csv": [
         "",

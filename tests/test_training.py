@@ -12,7 +12,7 @@ from pathlib import Path
 import training
 from common import metrics
 from common.cli import PROJECT, UserError
-from common.data import Correction, format_corrections, to_float
+from common.data import Correction, format_corrections
 from common.model import build_model, load_checkpoint, predict_logits, save_checkpoint
 from common.recipes import NAIVE, RECIPES, REPORT_RECIPES, TUNED
 from common.train import IGNORE_INDEX, train
@@ -567,75 +567,12 @@ def test_corrected_labels_are_trained_on_and_those_of_other_data_refused(
     assert error.count("\n") == 1
 
 
-# ---- step 3g ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def trained_model(train):
-    return training.train(replace(NAIVE, epochs=10, batch_size=16), train, 0, CPU)
-
-
-def by_hand(model, dev, wrong):
-    """Return the classes that layers trained on [-1, 1] predict of pixels in it, or in [0, 1]."""
-    pixels = to_float(dev.images)
-    with torch.no_grad():
-        return model.logits(pixels if wrong else 2 * pixels - 1).argmax(dim=1)
-
-
-def test_mismatch_evaluates_one_model_in_two_ranges(run_training, trained_model, dev):
-    status, _, error = run_training("--show-mismatch")
-    assert status == 2
-    assert "final.ckpt: no such file; run training.py --recipe final first" in error
-    metadata = {"recipe": asdict(NAIVE), "seed": 0, "trained_on": {"name": "tiny"}}
-    save_checkpoint(Path("out/final.ckpt"), trained_model, metadata)
-    status, printed, _ = run_training("--show-mismatch")
-    assert status == 0
-    assert "out/final.ckpt, recipe naive, 30 epochs, seed 0, trained on tiny" in printed
-    found = numbers_of("mismatch")
-    right, wrong = (by_hand(trained_model, dev, wrong) for wrong in (False, True))
-    assert not torch.equal(right, wrong)
-    assert_scores(found["right_range"], dev.labels, right)
-    assert_scores(found["wrong_range"], dev.labels, wrong)
-    expected = metrics.compare(dev.labels, wrong, right)
-    assert {key: found["comparison"][key] for key in expected} == expected
-    assert found["comparison"]["text"] in printed
-    assert found["checkpoint"] == {"file": "final.ckpt", **metadata}
-    rows = [line.split() for line in printed.splitlines() if line.startswith("pixels in")]
-    assert [row[2:4] for row in rows] == [["[-1,", "1]"], ["[0,", "1]"]]
-
-
-def test_mismatch_of_a_bare_checkpoint_is_seen_from_the_range_that_is_named(
-    run_training, trained_model, dev
-):
-    torch.save({"model_state_dict": trained_model.state_dict()}, "bare.ckpt")
-    options = ("--show-mismatch", "--checkpoint", "bare.ckpt", "--pixel-range", "0,1")
-    assert run_training(*options)[0] == 0
-    found = numbers_of("mismatch")
-    assert_scores(found["right_range"], dev.labels, by_hand(trained_model, dev, wrong=True))
-    assert_scores(found["wrong_range"], dev.labels, by_hand(trained_model, dev, wrong=False))
-
-
-def test_mismatch_of_a_model_whose_logits_are_not_finite_is_refused(run_training):
-    huge = build_model()
-    for weight in huge.parameters():
-        torch.nn.init.constant_(weight, 1e38)
-    save_checkpoint(Path("huge.ckpt"), huge, {})
-    status, _, error = run_training("--show-mismatch", "--checkpoint", "huge.ckpt")
-    assert (status, error) == (2, "error: huge.ckpt: its logits are NaN or infinite\n")
-
-
 # ---- options ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--checkpoint", "a.ckpt"), "--checkpoint and --pixel-range go with --show-mismatch"),
-        (("--pixel-range", "0,1"), "--checkpoint and --pixel-range go with --show-mismatch"),
-        (("--show-mismatch", "--recipe", "naive"), "--show-mismatch trains nothing"),
-        (("--show-mismatch", "--epochs", "3"), "--show-mismatch trains nothing"),
-        (("--show-mismatch", "--labels", "a.csv"), "--show-mismatch trains nothing"),
-        (("--show-mismatch", "--resume"), "--show-mismatch trains nothing"),
         (
             ("--recipe", "naive", "--settings", "a.json"),
             "--recipe and --settings exclude each other",
