@@ -43,6 +43,7 @@ from common.train import (
     describe_run,
     filter_labels,
     parallel_map,
+    same_layout,
     train,
     worker_count,
 )
@@ -213,23 +214,24 @@ def find_earlier(
 
 def is_whole(state: dict[str, Any], recipe: Recipe, dataset: Dataset, dev: Dataset) -> bool:
     """Return whether a training state is as `train_run` saves it; a damaged one may also raise."""
-    history = state["history"]
-    for epoch in history:
-        numbers = [epoch[name] for name in ("loss", "seconds", *SCORE_TITLES)] + epoch["recall"]
-        if len(epoch["recall"]) != len(CLASS_NAMES) or {type(each) for each in numbers} != {float}:
-            return False
+    epochs, perfect = len(state["history"]), metrics.scores(np.eye(len(CLASS_NAMES)))
+    epoch = {"loss": 0.0, "seconds": 0.0} | {name: each.tolist() for name, each in perfect.items()}
+    example: dict[str, Any] = {"history": [epoch] * epochs}
     if "logits" in state:
-        logits = state["logits"]
-        fits = logits.dtype == torch.float32 and logits.shape == (len(dev), len(CLASS_NAMES))
-        return fits and bool(logits.isfinite().all()) and len(history) == recipe.epochs
-    run, labels = Run(recipe, len(dataset), torch.device("cpu")), state["labels"]
+        example["logits"] = torch.zeros(len(dev), len(CLASS_NAMES))
+        return (
+            same_layout(state, example)
+            and bool(state["logits"].isfinite().all())
+            and epochs == recipe.epochs
+        )
+    run = Run(recipe, len(dataset), torch.device("cpu"))
     run.load_state_dict(state["run"])
-    fits = labels.dtype == torch.int64 and labels.shape == dataset.labels.shape
+    example |= {"labels": dataset.labels, "run": run.state_dict()}
+    known = {IGNORE_INDEX, *range(len(CLASS_NAMES))}
     return (
-        fits
-        and type(run.epoch) is int
-        and run.epoch == len(history) <= recipe.epochs
-        and set(labels.tolist()) <= {IGNORE_INDEX, *range(len(CLASS_NAMES))}
+        same_layout(state, example)
+        and run.epoch == epochs <= recipe.epochs
+        and set(state["labels"].tolist()) <= known
     )
 
 

@@ -31,7 +31,6 @@ from tqdm import tqdm
 IGNORE_INDEX = -1  # in place of a label that is not to be learned
 WARMUP = 0.1  # fraction of a run in which warmup-cosine raises the learning rate
 MAX_SHIFT = 4  # pixels that a random crop moves an image by, at most
-ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what Adam keeps for each weight
 FOLDS = 4  # an even number keeps two cores busy to the end
 
 # ---- the loop -------------------------------------------------------------------------------
@@ -135,47 +134,35 @@ class Run:
         """Restore a saved state.
 
         Raises:
-            Exception: of any kind, if it is that of another run, or damaged.
+            ValueError: it is that of another run, or damaged.
         """
-        _, optimizer, scheduler, *_ = state["parts"]
-        own = [self.optimizer.state_dict()["param_groups"], self.scheduler.state_dict()]
-        if _types_of(own) != _types_of([optimizer["param_groups"], scheduler]):
-            raise ValueError("other settings than this optimizer and scheduler have")
-        names = {"momentum"} if isinstance(self.optimizer, Muon) else ADAM_STATE
-        for values in optimizer["state"].values():
-            if set(values) != names or not all(
-                isinstance(each, Tensor) for each in values.values()
-            ):
-                raise ValueError("not the state of this optimizer")
+        for weight in self.model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer.step()  # gives it a state to compare with: loading one checks no shapes
+        if not same_layout(state, self.state_dict()):
+            raise ValueError("not the state of this run")
         for part, saved in zip(self._parts(), state["parts"], strict=True):
             part.load_state_dict(saved)
-        self._copy_optimizer_state()
         self.epoch = state["epoch"]
-
-    def _copy_optimizer_state(self) -> None:
-        """Copy what was loaded: fused Adam checks no shapes, and writes beyond small tensors."""
-        for weight, values in self.optimizer.state.items():
-            for name, value in values.items():
-                own = value.new_zeros(()) if name == "step" else torch.zeros_like(weight)
-                if value.shape != own.shape:
-                    raise ValueError("not the shape of its weight")
-                values[name] = own.copy_(value)
 
     def _parts(self) -> list[Any]:
         parts = [self.model, self.optimizer, self.scheduler]
         return [*parts, self.ema] if self.ema else parts
 
 
-def _types_of(value: Any, depth: int = 5) -> Any:
-    """Return the value with each number or text in it replaced by its type.
-
-    Below `depth`, lists are not looked into: those of a hostile file may have no end.
-    """
-    if isinstance(value, dict) and depth:
-        return {key: _types_of(each, depth - 1) for key, each in value.items()}
-    if isinstance(value, list | tuple) and depth:
-        return [_types_of(each, depth - 1) for each in value]
-    return type(value)
+def same_layout(value: Any, example: Any) -> bool:
+    """Return whether a value has the types, keys, lengths and tensor shapes of an example."""
+    if isinstance(example, dict):
+        same_keys = isinstance(value, dict) and value.keys() == example.keys()
+        return same_keys and all(same_layout(value[key], example[key]) for key in example)
+    if type(value) is not type(example):
+        return False
+    if isinstance(example, Tensor):
+        forms = [(each.dtype, each.shape, each.stride()) for each in (value, example)]
+        return forms[0] == forms[1]  # with other strides, fused Adam may write beyond a tensor
+    if isinstance(example, list | tuple):
+        return len(value) == len(example) and all(map(same_layout, value, example))
+    return True
 
 
 def compute_loss(

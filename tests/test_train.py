@@ -393,7 +393,7 @@ def trained_run(recipe):
 
 
 @pytest.mark.parametrize("recipe", [NAIVE, TUNED])
-def test_optimizer_state_that_would_be_written_beyond_is_refused_or_copied(recipe):
+def test_optimizer_state_that_would_be_written_beyond_is_refused(recipe):
     def load(change):
         state = trained_run(recipe).state_dict()
         values = state["parts"][1]["state"][0]
@@ -401,25 +401,19 @@ def test_optimizer_state_that_would_be_written_beyond_is_refused_or_copied(recip
         change(state, values, name)
         run = Run(recipe, 10, CPU)
         run.load_state_dict(state)
-        weight = next(run.model.parameters())
-        return weight, run.optimizer.state[weight][name]
+        return run.optimizer.state[next(run.model.parameters())][name]
 
-    weight, value = load(lambda state, values, name: None)
-    assert value.abs().sum() > 0
-    weight, value = load(
-        lambda state, values, name: values.update({name: torch.ones(1).expand(values[name].shape)})
-    )
-    assert value.stride() == weight.stride()
-    assert torch.equal(value, torch.ones_like(weight))
+    assert load(lambda state, values, name: None).abs().sum() > 0
     for change in (
         lambda state, values, name: values.update({name: values[name].flatten()[:2]}),
         lambda state, values, name: values.update({name: torch.zeros(0)}),
+        lambda state, values, name: values.update({name: torch.ones(1).expand(values[name].shape)}),
         lambda state, values, name: values.pop(name),
         lambda state, values, name: values.update({name: [1.0]}),
         lambda state, values, name: state["parts"][2].update(step=3),
         lambda state, values, name: state["parts"][1]["param_groups"][0].update(lr="x"),
     ):
-        with pytest.raises(Exception, match=r"not the state|not the shape|other settings"):
+        with pytest.raises(ValueError, match="not the state of this run"):
             load(change)
 
 
