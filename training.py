@@ -42,10 +42,10 @@ from common.train import (
     Run,
     describe_run,
     filter_labels,
+    in_worker,
     parallel_map,
     same_layout,
     train,
-    worker_count,
 )
 
 import numpy as np
@@ -110,8 +110,6 @@ def train_recipes(
 ) -> list[Trained]:
     """Train each recipe with each seed, as many runs at once as there are cores."""
     jobs, device = [], choose_device(arguments.device)
-    threads = max(recipe.threads for recipe in recipes)
-    workers = worker_count(device, threads)
     for recipe in recipes:
         for number, seed in enumerate(arguments.seed):
             name = f"{recipe.name}-seed{seed}" if number else recipe.name
@@ -123,8 +121,8 @@ def train_recipes(
                 kept = replace(dataset, labels=earlier["labels"])
             elif "logits" not in earlier:
                 kept = filter_labels(recipe, dataset, seed, device)
-            position = len(jobs) % workers
-            jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier, position))
+            jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier))
+    threads = max(recipe.threads for recipe in recipes)
     trained = list(parallel_map(train_run, jobs, device, "runs", threads))
     results.written += [run.checkpoint for run in trained]
     return trained
@@ -139,14 +137,12 @@ def train_run(
     path: Path,
     metadata: dict[str, Any],
     earlier: dict[str, Any],
-    position: int,
 ) -> Trained:
     """Train one model, evaluate it after each epoch, and save it, so that it can be resumed.
 
     Args:
         path: of the checkpoint; while the run lasts, it ends in `.unfinished.ckpt`.
         earlier: what `find_earlier` returned.
-        position: of the progress bar, below those of other runs.
     """
     history = list(earlier.get("history", []))
     if "logits" in earlier:  # it was finished already
@@ -156,9 +152,8 @@ def train_run(
         total=recipe.epochs,
         initial=len(history),
         desc=f"{recipe.name}, seed {seed}",
-        disable=None,
+        disable=in_worker() or None,  # bars of several processes would overwrite each other
         leave=False,
-        position=position + 1,
     )
     start = time.perf_counter()
 

@@ -480,11 +480,11 @@ def parallel_map(
         threads: of each job. A single thread never waits for another, so it does not stall when
             other processes are busy.
     """
-    workers = min(len(jobs), worker_count(device, threads))
-    in_worker = multiprocessing.parent_process() is not None  # then the cores are in use
-    hidden = in_worker or len(jobs) == 1 or None  # None: shown on a terminal only
+    # On a GPU, one job after the other.
+    workers = min(len(jobs), _core_count() // threads) if device.type == "cpu" else 1
+    hidden = in_worker() or len(jobs) == 1 or None  # None: shown on a terminal only
     progress_bar = partial(tqdm, total=len(jobs), desc=description, leave=False, disable=hidden)
-    if workers <= 1 or in_worker:
+    if workers <= 1 or in_worker():  # in a worker, the cores are in use
         for job in progress_bar(jobs):
             yield _call(function, threads, job)
         return
@@ -504,9 +504,9 @@ def parallel_map(
         pool.shutdown(cancel_futures=True)
 
 
-def worker_count(device: torch.device, threads: int) -> int:
-    """Return how many jobs of so many threads run at once: on a GPU, one."""
-    return max(1, _core_count() // threads) if device.type == "cpu" else 1
+def in_worker() -> bool:
+    """Return whether this process is a worker of `parallel_map`."""
+    return multiprocessing.parent_process() is not None
 
 
 def _core_count() -> int:
