@@ -407,8 +407,8 @@ def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evalua
     """Return the models from best to worst, each compared with the best; ties share a rank.
 
     The best of many models owes its rank to luck, too. So the intervals are wider, the more models
-    there are (Bonferroni): of equally good ones, each is called worse with at most 5% probability.
-    As nothing is called better than the best, two comparisons count as one.
+    there are (Bonferroni): of equally good models, any is called worse with at most 5% probability.
+    Only one side of each interval matters here, which halves the correction.
     """
     models = sorted(models, key=lambda model: _rounded(model, rank_by), reverse=True)
     values, best = [_rounded(model, rank_by) for model in models], models[0].predicted

@@ -65,12 +65,12 @@ class Step:
 
     name: str  # of its folder
     title: str
-    weight: float  # seconds on two slow cores; once a step has run, only the ratios matter
+    weight: float  # typical seconds on two cores, to estimate the time left
     # {name} stands for the folder of another step, {labels} for the file of label corrections,
     # {checkpoint} for the model to hand in.
     command: str
     all_seeds: bool = False  # or only the first
-    full: bool | None = None  # True: only with --full; False: only without it; None: always
+    full: bool | None = None  # only with --full, or only without it; None: in every report
 
     @property
     def script(self) -> str:

@@ -27,7 +27,7 @@ MAX_JSON_SIZE = 2**25  # bytes
 MAX_FOLDER_NAME = 60  # letters; of four bytes each, 63 fill the longest possible name
 FIGURE_DPI = 150
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
-OWNER = "data_folder.txt"  # in a folder of results: the path of the data that they are of
+OWNER = "data_folder.txt"  # in each results folder: the path of its data
 PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
 
 
@@ -348,8 +348,8 @@ class Results:
 
     Args:
         arguments: the parsed options.
-        data: metadata of the data (`common.data.describe`); its name names the folder, with a
-            number if that name is taken by results of data in another folder.
+        data: metadata of the data (`common.data.describe`). Its results go to results/NAME; if
+            data in another folder has that name, to results/NAME-2, and so on.
 
     Raises:
         UserError: the folder can't be written to (checked before any long work).
