@@ -29,7 +29,7 @@ from typing import Any
 
 from common import cli, metrics, plots
 from common.attacks import saliency
-from common.cli import Results, UserError
+from common.cli import Results, UserError, one_line
 from common.data import CLASS_NAMES, SPLITS, Dataset, describe, open_data, read_image, to_float
 from common.metrics import SCORE_TITLES
 from common.model import (
@@ -93,7 +93,8 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
     """
     names: dict[Path, str] = {}
     for path in paths:
-        inside = set(path.rglob("[!.]*")) if path.is_dir() else set()
+        inside = set(path.rglob("*")) if path.is_dir() else set()
+        inside = {each for each in inside if not _is_hidden(each.relative_to(path))}
         files = sorted(file for file in inside if file.is_file())
         found = [file for file in files if file.suffix.lower() in (*SUFFIXES, ".zip")]
         default = {path: path.absolute().name}
@@ -107,14 +108,18 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
         members = _checkpoints_in_zip(file) if file.suffix.lower() == ".zip" else [""]
         for member in members:
             full_name = name if len(members) == 1 else f"{name}: {member}"
-            sources.append(Source(_one_line(full_name), file, member))
+            sources.append(Source(one_line(full_name), file, member))
     return sources
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _note_unread(folder: Path, unread: list[Path]) -> None:
     """Name the files in a folder that are not read, and its empty folders."""
     if unread:
-        names = [_one_line(str(each.relative_to(folder))) for each in unread]
+        names = [one_line(each.relative_to(folder)) for each in unread]
         text = _enumerate(names, UNREAD_SHOWN)
         cli.say(f"note: skipped, neither a checkpoint nor a zip file: {text}", error=True)
 
@@ -122,10 +127,6 @@ def _note_unread(folder: Path, unread: list[Path]) -> None:
 def _enumerate(names: Sequence[str], shown: int) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-def _one_line(name: str) -> str:
-    return " ".join(cli.clean(name).split())
 
 
 def _short(name: str) -> str:
@@ -389,7 +390,7 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
             models.append(evaluate(source, dataset, arguments, alone=False))
         except UserError as error:
             reason = str(error).removeprefix(f"{source.name}: ")
-            failed.append((source.name, _one_line(reason)))
+            failed.append((source.name, one_line(reason)))
     if not models:
         name, reason = failed[0]
         raise UserError(f"--checkpoint: none of {len(sources)} can be evaluated; {name}: {reason}")
@@ -633,9 +634,9 @@ def read_images(paths: Sequence[Path]) -> tuple[list[str], Tensor]:
     for path in paths:
         try:
             images.append(read_image(path, resize=True))
-            names.append(_one_line(path.name))
+            names.append(one_line(path.name))
         except UserError as error:
-            cli.say(f"not classified: {_one_line(str(error))}", error=True)
+            cli.say(f"not classified: {one_line(error)}", error=True)
     if not images:
         raise UserError("--image: none of the files is an image that can be read")
     return names, torch.stack(images)

@@ -262,7 +262,7 @@ def main() -> None:
         help="the learning rates to compare",
     )
     parser.add_argument(
-        "--epochs", type=cli.positive_int, help=f"at each rate (default: {RECIPE.epochs})"
+        "--epochs", type=cli.epoch_count, help=f"at each rate (default: {RECIPE.epochs})"
     )
     arguments = parser.parse_args()
     device = choose_device(arguments.device)

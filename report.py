@@ -52,7 +52,7 @@ CODE = "common/*.py data/*.py models/*.ckpt"  # what the results of each step de
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
     "*.py *.html README.md requirements*.txt pyproject.toml Makefile LICENSE common/*.py "
-    "data/*.py data/README.md models/*.ckpt docs/* tests/*.py benchmarks/*.py"
+    "data/*.py data/README.md models/*.ckpt docs/*.md docs/*.png tests/*.py benchmarks/*.py"
 )
 
 

@@ -402,7 +402,7 @@ def parse_arguments() -> argparse.Namespace:
         help="train the recipe `found`: tuned with the settings that tuning.py has found",
     )
     parser.add_argument(
-        "--epochs", type=cli.positive_int, help="number of epochs, instead of the recipe's"
+        "--epochs", type=cli.epoch_count, help="number of epochs, instead of the recipe's"
     )
     cli.add_labels_option(parser)
     parser.add_argument(

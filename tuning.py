@@ -148,7 +148,9 @@ def storage_errors(shown: str, *others: type[Exception]) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"--storage {shown}: its driver is not installed") from error
     except (SQLAlchemyError, optuna.exceptions.OptunaError, *others) as error:
-        raise UserError(f"--storage {shown}: can't be reached, or is not Optuna's") from error
+        raise UserError(
+            f"--storage {shown}: not reachable, not Optuna's, or its disk is full"
+        ) from error
 
 
 def open_study(url: str | None, folder: Path, name: str) -> optuna.Study:
@@ -327,9 +329,7 @@ def main() -> None:
     parser.add_argument(
         "--trials", type=cli.positive_int, help=f"number of trials (default: {TRIALS})"
     )
-    parser.add_argument(
-        "--epochs", type=cli.positive_int, help=f"of each trial (default: {EPOCHS})"
-    )
+    parser.add_argument("--epochs", type=cli.epoch_count, help=f"of each trial (default: {EPOCHS})")
     cli.add_labels_option(parser)
     parser.add_argument(
         "--storage",

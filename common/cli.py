@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
+MAX_EPOCHS = 10_000
 MAX_JSON_SIZE = 2**25  # bytes
 MAX_FOLDER_NAME = 60  # letters; of four bytes each, 63 fill the longest possible name
 FIGURE_DPI = 150
@@ -54,9 +56,18 @@ def safe_repr(value: object) -> str:
     return f"of type {type(value).__name__}"
 
 
+def one_line(name: object) -> str:
+    """Return a name from outside, such as that of a file, in one line."""
+    return " ".join(clean(str(name)).split())
+
+
 def say(text: str = "", error: bool = False) -> None:
-    """Print text, cleaned; to stderr if it is a warning or an error."""
-    print(clean(text), file=sys.stderr if error else sys.stdout)
+    """Print text, cleaned; to stderr, if it can be written to, if it is a warning or an error."""
+    if not error:
+        print(clean(text))
+        return
+    with contextlib.suppress(OSError):
+        print(clean(text), file=sys.stderr)
 
 
 def say_stopped(text: str) -> None:
@@ -172,6 +183,13 @@ def positive_int(text: str) -> int:
     """Parse a whole number of at least 1."""
     if natural_number(text) == 0:
         raise argparse.ArgumentTypeError("0 is not a whole number of at least 1")
+    return int(text)
+
+
+def epoch_count(text: str) -> int:
+    """Parse a number of epochs, from 1 to MAX_EPOCHS."""
+    if positive_int(text) > MAX_EPOCHS:
+        raise argparse.ArgumentTypeError(f"{text} is above {MAX_EPOCHS}")
     return int(text)
 
 
@@ -406,9 +424,10 @@ class Results:
         line = clean(f"{quick}Data: {self.data['name']}{kind}, {', '.join(prints)}")
         line = line.replace("$", r"\$")  # a $ would start a formula
         figure.supxlabel(line, x=0.01, ha="left", fontsize=7, color="0.4")
-        self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=FIGURE_DPI))
-        if not any(ax.images for ax in figure.axes):
-            self.save(f"{name}.svg", lambda path: figure.savefig(path, metadata={"Date": None}))
+        with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
+            self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=FIGURE_DPI))
+            if not any(ax.images for ax in figure.axes):
+                self.save(f"{name}.svg", lambda path: figure.savefig(path, metadata={"Date": None}))
 
     def print_written(self) -> None:
         """Print the names of all written files."""

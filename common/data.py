@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.cli import PROJECT, UserError, read_bytes, read_json, safe_repr, say
+from common.cli import PROJECT, UserError, one_line, read_bytes, read_json, safe_repr, say
 from data.pickles import read_course_pickle
 
 import numpy as np
@@ -266,7 +266,7 @@ def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor]:
     for name in sorted({file.parent.name for file in files} - set(CLASS_NAMES)):
         raise UserError(f"{folder / name}: unknown class; the classes are {known}")
     if unread:
-        names = ", ".join(str(file.relative_to(folder)) for file in unread[:NAMED_FILES])
+        names = ", ".join(one_line(file.relative_to(folder)) for file in unread[:NAMED_FILES])
         more = ", ..." if len(unread) > NAMED_FILES else ""
         say(f"note: {folder}: {len(unread)} files are not read: {names}{more}", error=True)
     if not files:
@@ -318,6 +318,8 @@ def read_image(path: Path, resize: bool = False) -> Tensor:
             pixels = np.array(image)
     except UserError:
         raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too many pixels") from error
     except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error
         raise UserError(f"{path}: not a readable {', '.join(FORMATS)} image") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -341,7 +343,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 # shifted by a pixel; occasionally they are two plain landscapes.
 DUPLICATE_CORRELATION = 0.9
 BLOCK = 2048  # images per side of a comparison, to limit memory
-MAX_PAIRS = 100_000
+MAX_PAIRS = 20_000
 COARSE = 4  # shrinking averages blocks of 4x4 pixels
 ROUNDING = 1e-4
 
@@ -376,11 +378,12 @@ def _correlated_pairs(
     """Return i, j and correlation, [pairs] each, of all near-duplicates."""
     compared = images if others is None else others
     found = [(torch.empty(0, dtype=torch.int64),) * 2 + (torch.empty(0),)]
-    for candidates in _candidate_pairs(images, others):
-        for i, j in zip(*(index.split(BLOCK) for index in candidates), strict=True):
-            correlation = _correlate(images[i], compared[j])
-            alike = correlation >= DUPLICATE_CORRELATION
-            found.append((i[alike], j[alike], correlation[alike]))
+    for i, j in _candidate_pairs(images, others):
+        correlation = torch.empty(len(i))  # many small tensors would scatter over the memory
+        for part in torch.arange(len(i)).split(BLOCK):
+            correlation[part] = _correlate(images[i[part]], compared[j[part]])
+        alike = correlation >= DUPLICATE_CORRELATION
+        found.append((i[alike], j[alike], correlation[alike]))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 

@@ -51,8 +51,8 @@ def is_reachable() -> bool:
         try:
             with urllib.request.urlopen(request, timeout=CONNECT_SECONDS):
                 answered.set()
-        except (OSError, HTTPException):
-            pass  # no network, no such host, or a proxy that is not the server
+        except (OSError, HTTPException, ValueError):
+            pass  # no network, no such host, or a proxy that is none
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -95,7 +95,7 @@ def _download(train: bool) -> tuple[np.ndarray, np.ndarray]:
     socket.setdefaulttimeout(STALL_SECONDS)  # a download that stalls must end
     try:
         cifar10 = CIFAR10(str(DOWNLOAD_FOLDER), train=train, download=True)
-    except (OSError, RuntimeError, HTTPException) as error:
+    except (OSError, RuntimeError, HTTPException, ValueError) as error:
         raise cli.UserError("--data cifar10: the download failed; run it again") from error
     finally:
         socket.setdefaulttimeout(before)

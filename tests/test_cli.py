@@ -35,6 +35,24 @@ def test_text_can_not_steer_the_terminal(text, expected):
     assert cli.clean(text) == expected
 
 
+def test_a_name_stays_in_one_line():
+    assert cli.one_line(Path("a\n\x1berror: b")) == f"a {REPLACED}error: b"
+
+
+def test_an_error_that_can_not_be_printed_still_decides_the_exit_status(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    def fail():
+        raise UserError("wrong")
+
+    monkeypatch.setattr("sys.stderr", Full())
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail)
+    assert stop.value.code == 2
+
+
 def deep_list(depth):
     value = []
     for _ in range(depth):
@@ -125,6 +143,7 @@ def test_pixel_range_is_one_of_the_two_in_use(text, expected):
     [
         (cli.natural_number, {"0": 0, "17": 17}, ["-1", "1e3", "0x1", ""]),
         (cli.positive_int, {"1": 1, "17": 17}, ["0", "-1", "2.5"]),
+        (cli.epoch_count, {"1": 1, "10000": 10_000}, ["0", "10001"]),
         (
             cli.positive_float,
             {"1e-3": 0.001, "2": 2.0},
@@ -460,15 +479,16 @@ def test_a_figure_without_images_is_a_drawing_too(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.png"}
 
 
-ODD_NAMES = ["a$b_{$c", r"cost\$x$", "$$", "plain"]
+ODD_NAMES = ["a$b_{$c", r"cost\$x$", "$$", "plain", "猫"]
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_figures_name_their_data_whatever_it_is_called(name, tmp_path):
+def test_figures_name_their_data_whatever_it_is_called(name, tmp_path, recwarn):
     results = make_results(tmp_path, quick=True, data=DATA | {"name": name})
     figure = Figure()
     results.save_figure("1-classes", figure)
     assert (tmp_path / "1-classes.png").stat().st_size > 1000
+    assert not recwarn.list  # of letters that the font lacks
     assert figure.get_supxlabel() == (
         f"QUICK DRY RUN, numbers mean nothing.  Data: {plots.literal(name)}, dev 0123456789ab"
     )

@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import tracemalloc
+import zlib
 from dataclasses import replace
 
 from common import data
@@ -20,6 +21,7 @@ from common.data import (
     near_duplicates,
     open_data,
     read_corrections,
+    read_image,
     to_float,
     write_image_folder,
 )
@@ -479,6 +481,15 @@ def test_what_is_not_read_is_counted_and_named(tmp_path, train, capsys):
     assert all(name in said for name in ("notes.txt", "a.png", "list.csv", "b.tif"))
     assert "DS_Store" not in said and "ipynb" not in said and "._0" not in said
     assert "val is not read; the splits are train and dev" in said
+
+
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path):
+    for side in (8000, 14000):  # Pillow refuses the second one by itself
+        head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT")
+        with pytest.raises(UserError, match=r"a\.png: .*too many"):
+            read_image(tmp_path / "a.png", resize=True)
 
 
 def test_pickle_and_folder_of_one_split_are_not_mixed_in_silence(course_folder, train, capsys):

@@ -190,6 +190,12 @@ def test_server_is_waited_for_no_longer_than_said(monkeypatch):
     assert time.monotonic() - start < 4
 
 
+def test_a_mistyped_proxy_is_no_server(monkeypatch, recwarn):
+    monkeypatch.setenv("https_proxy", "http:/proxy:8080")
+    assert cifar10.is_reachable() is False
+    assert not recwarn.list  # a thread that fails would be reported here
+
+
 def test_the_address_is_torchvisions():
     from torchvision.datasets import CIFAR10
 

@@ -457,6 +457,8 @@ def test_hand_ins_keep_their_names_and_what_is_not_read_is_named(tmp_path, capsy
     for student in students:
         (tmp_path / student / "model.PT").touch()
     (tmp_path / "late" / "notes.txt").touch()
+    (tmp_path / "late" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "late" / ".ipynb_checkpoints" / "model-checkpoint.ckpt").touch()
     names = [source.name for source in evaluation.find_sources([tmp_path])]
     assert names == [f"{student}/model.PT" for student in students]
     assert [evaluation._short(name)[:3] for name in names] == ["Ann", "Eve"]

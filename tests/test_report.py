@@ -557,6 +557,7 @@ def test_zip_holds_all_that_is_needed_and_no_images(make_report, tmp_path):
     ):
         assert f"work/{name}" in names
     assert {Path(name).suffix for name in names if "/data/" in name} <= {".py", ".md", ".json"}
+    assert {Path(name).suffix for name in names if "/docs/" in name} == {".md", ".png"}  # no zip
     assert page == (tmp_path / "out/index.html").read_bytes()
     for title, *_ in Page(page.decode()).numbers:
         assert f"work/report/steps/{title.split(': ')[0]}" in names

@@ -16,6 +16,7 @@ from common.data import CLASS_NAMES, to_float
 from common.model import build_model, predict_logits
 from common.recipes import NAIVE, TUNED
 from common.train import (
+    FOLDS,
     IGNORE_INDEX,
     MAX_SHIFT,
     Muon,
@@ -587,7 +588,8 @@ def test_the_models_weights_are_the_average_that_the_recipe_asks_for():
 # ---- out of fold ------------------------------------------------------------------------------
 
 
-def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_like(monkeypatch):
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_each_image_is_predicted_by_models_that_saw_neither_it_nor_its_like(monkeypatch, repeats):
     dataset = make_dataset(counts=(40, 12, 8))
     images = dataset.images.clone()
     images[1], images[2] = images[0].flip(-1), (0.9 * images[0]).to(torch.uint8)
@@ -599,8 +601,9 @@ def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_lik
     jobs_seen = []
 
     def predict_own_number(function, jobs, device, description):
-        for recipe, inside, outside, seed, job_device in jobs:
-            assert (recipe, seed, job_device, device) == (filtered, 4, CPU, CPU)
+        for number, (recipe, inside, outside, seed, job_device) in enumerate(jobs):
+            assert (recipe, job_device, device) == (filtered, CPU, CPU)
+            assert seed == 4 + number // FOLDS
             inside = inside.subset(inside.labels != IGNORE_INDEX)
             trained_on, predicted = (
                 [numbers[image.numpy().tobytes()] for image in each]
@@ -616,7 +619,7 @@ def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_lik
     monkeypatch.setattr("common.train.parallel_map", predict_own_number)
     monkeypatch.setattr("common.train.filter_labels", leave_out)
     filtered = replace(QUICK, label_filter=QUICK)
-    logits = cross_val_logits(filtered, dataset, 4, CPU)
+    logits = cross_val_logits(filtered, dataset, 4, CPU, repeats)
     expected = torch.arange(60)
     expected[7] = 6
     assert logits[:, 0].tolist() == expected.tolist()
@@ -626,7 +629,7 @@ def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_lik
         assert min(class_counts) > 0
         for group in alike:
             assert not (trained_on & group and predicted & group)
-    assert sum(len(predicted) for _, predicted, _ in jobs_seen) == 59
+    assert sum(len(predicted) for _, predicted, _ in jobs_seen) == 59 * repeats
 
 
 def test_a_class_of_one_image_is_predicted_without_a_librarys_words(recwarn, monkeypatch):
@@ -637,8 +640,11 @@ def test_a_class_of_one_image_is_predicted_without_a_librarys_words(recwarn, mon
 
 
 def test_too_few_images_for_the_folds_are_said_in_our_words():
-    with pytest.raises(UserError, match="^tiny: no class has 4 images, one for each fold"):
-        cross_val_logits(QUICK, make_dataset(counts=(3, 2, 1)), 0, CPU)
+    alike = make_dataset(counts=(8, 4, 4))
+    alike = replace(alike, images=alike.images[:1].expand(16, -1, -1, -1))
+    for dataset in (make_dataset(counts=(3, 2, 1)), alike):
+        with pytest.raises(UserError, match="^tiny: no class has 4 different images, one for each"):
+            cross_val_logits(QUICK, dataset, 0, CPU)
     just_enough = make_dataset(counts=(4, 2, 1))
     assert len(cross_val_logits(replace(QUICK, epochs=1), just_enough, 0, CPU)) == 7
 

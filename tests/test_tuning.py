@@ -299,10 +299,16 @@ def test_passwords_are_not_shown():
     [
         ("nonsense", "--storage: not the URL of a database, such as postgresql"),
         ("postgresql://host:port/name", "--storage: not the URL of a database"),
-        ("sqlite:////no/such/folder/x.db", "--storage sqlite:////no/such/folder/x.db: can't"),
+        (
+            "sqlite:////no/such/folder/x.db",
+            "--storage sqlite:////no/such/folder/x.db: not reachable",
+        ),
         ("postgresql+pg8000://me:secret@host/x", "//me:***@host/x: its driver is not installed"),
-        ("sqlite:///x.db?timeout=abc", "--storage sqlite:///x.db: can't be reached"),
-        ("sqlite:///text.db", "--storage sqlite:///text.db: can't be reached, or is not Optuna's"),
+        ("sqlite:///x.db?timeout=abc", "--storage sqlite:///x.db: not reachable"),
+        (
+            "sqlite:///text.db",
+            "--storage sqlite:///text.db: not reachable, not Optuna's, or its disk is full",
+        ),
     ],
 )
 def test_a_storage_that_does_not_work_ends_in_one_line(run_script, folder, tmp_path, url, words):
@@ -332,7 +338,10 @@ def test_a_damaged_database_ends_in_one_line(run_script, folder, tmp_path, damag
         database.execute(damage)
     status, _, error = run_script(tuning, "--data", folder, "--out", "out", "--trials", 1)
     assert status == 2
-    assert error == "error: --storage out/tuning.db: can't be reached, or is not Optuna's\n"
+    assert (
+        error
+        == "error: --storage out/tuning.db: not reachable, not Optuna's, or its disk is full\n"
+    )
 
 
 def test_an_error_of_the_training_is_not_taken_for_one_of_the_database(
