@@ -40,7 +40,6 @@ from PIL import Image
 from torch import Tensor
 
 FILE = "label_corrections.csv"
-REPEATS = 2  # models for each image: more time, fewer labels flagged by mistake
 # A label is flagged for review if it is wrong with a higher probability than this.
 FLAG_THRESHOLD = 0.25
 # The suggested label is accepted if it is more probable than all others together.
@@ -57,8 +56,8 @@ def is_chance_level(logits: Tensor, labels: Tensor) -> bool:
 def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction]:
     """Return a correction for each flagged label, the most probably wrong first.
 
-    Of near-duplicates with different labels, at least one is wrong: the less probable one is
-    flagged. No class loses its last image to accepted corrections.
+    Of near-duplicates with different labels, one label is probably wrong: the less probable one is
+    always flagged. No class loses its last image to accepted corrections.
     """
     labels, images = dataset.labels.numpy(), np.arange(len(dataset))
     wrong_probability = 1 - posterior[images, labels]
@@ -211,7 +210,7 @@ def main() -> None:
     read_decisions(earlier, dataset)  # reports a broken file before the long work
 
     recipe = with_epochs(LABEL_ERRORS, None, arguments.quick)
-    logits = cross_val_logits(recipe, dataset, arguments.seed, device, REPEATS)
+    logits = cross_val_logits(recipe, dataset, arguments.seed, device)
     posterior = metrics.label_posterior(logits, dataset.labels)
     at_chance = is_chance_level(logits, dataset.labels)
     found = [] if at_chance else find_corrections(dataset, posterior)

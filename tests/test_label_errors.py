@@ -47,7 +47,9 @@ def noisy(tmp_path):
 def models(monkeypatch, noisy):
     """Models that know the true labels, in place of trained ones."""
     true = torch.tensor(json.loads((noisy / "true_labels.json").read_text())["train"])
-    monkeypatch.setattr(label_errors, "cross_val_logits", lambda *_: sure_logits(true))
+    monkeypatch.setattr(
+        label_errors, "cross_val_logits", lambda recipe, dataset, seed, device: sure_logits(true)
+    )
 
 
 def read_rows(path):
