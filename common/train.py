@@ -403,16 +403,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 # ---- several models at once -----------------------------------------------------------------
 
 
-def cross_val_logits(
-    recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, repeats: int = 1
-) -> Tensor:
-    """Return out-of-fold logits, [N, C]: each image's from models that were not trained on it.
+def cross_val_logits(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> Tensor:
+    """Return out-of-fold logits, [N, C]: each image's from a model that was not trained on it.
 
-    Near-duplicates of an image are never in its models' training sets either, nor are images whose
+    Near-duplicates of an image are never in its model's training set either, nor are images whose
     label the recipe's own label filter leaves out.
-
-    Args:
-        repeats: number of models for each image, on different folds; their mean is returned.
 
     Raises:
         UserError: there are too few images.
@@ -420,16 +415,16 @@ def cross_val_logits(
     different = len(dataset.duplicate_groups.unique())
     if min(max(dataset.class_counts), different) < FOLDS:
         raise UserError(f"{dataset.name}: no class has {FOLDS} different images, one for each fold")
-    kept = filter_labels(recipe, dataset, seed, device)
-    jobs, held_out = [], []
-    for each in range(seed, seed + repeats):
-        for inside, outside in make_folds(dataset, FOLDS, each):
-            jobs.append((recipe, kept.subset(inside), dataset.images[outside], each, device))
-            held_out.append(outside)
-    logits = torch.zeros(len(dataset), len(CLASS_NAMES))
+    folds = make_folds(dataset, FOLDS, seed)
+    dataset = filter_labels(recipe, dataset, seed, device)
+    jobs = [
+        (recipe, dataset.subset(inside), dataset.images[outside], seed, device)
+        for inside, outside in folds
+    ]
+    logits = torch.empty(len(dataset), len(CLASS_NAMES))
     results = parallel_map(train_and_predict, jobs, device, "folds")
-    for outside, logits_of_fold in zip(held_out, results, strict=True):
-        logits[outside] += logits_of_fold / repeats
+    for (_, outside), logits_of_fold in zip(folds, results, strict=True):
+        logits[outside] = logits_of_fold
     return logits
 
 
