@@ -408,8 +408,8 @@ def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evalua
     """Return the models from best to worst, each compared with the best; ties share a rank.
 
     The best of many models owes its rank to luck, too. So the intervals are wider, the more models
-    there are (Bonferroni): of equally good models, any is called worse with at most 5% probability.
-    Only one side of each interval matters here, which halves the correction.
+    there are (Bonferroni): if all are equally good, the probability that any is called worse is at
+    most 5%. Only one side of each interval matters here, which halves the correction.
     """
     models = sorted(models, key=lambda model: _rounded(model, rank_by), reverse=True)
     values, best = [_rounded(model, rank_by) for model in models], models[0].predicted
@@ -673,7 +673,8 @@ def main() -> None:
     parser.add_argument(
         "--show-mismatch",
         action="store_true",
-        help="also evaluate each model with pixels in the wrong range: the bug of step 3g",
+        help="also evaluate each model of --checkpoint with pixels in the wrong range: the bug of "
+        "step 3g",
     )
     parser.add_argument(
         "--image",
@@ -683,6 +684,8 @@ def main() -> None:
         help="classify image files of any size instead; without --checkpoint, by models/best.ckpt",
     )
     arguments = parser.parse_args()
+    if arguments.image and arguments.show_mismatch:
+        parser.error("--image and --show-mismatch exclude each other")
     choose_device(arguments.device)  # so that a wrong name is reported before any work
     if arguments.image:
         classify_files(arguments)

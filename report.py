@@ -70,7 +70,7 @@ class Step:
     # {checkpoint} for the model to hand in.
     command: str
     all_seeds: bool = False  # or only the first
-    full: bool | None = None  # only with --full, or only without it; None: in every report
+    full: bool | None = None  # True: only with --full; False: only without; None: in every report
 
     @property
     def script(self) -> str:
@@ -365,7 +365,9 @@ def digest(paths: list[Path]) -> str:
 
 
 def lock(folder: Path) -> AcquireReturnProxy:
-    """Keep a second report out of the folder until this process ends, for whatever reason.
+    """Keep a second report out of the folder while the returned lock is held.
+
+    The system frees the lock of a process that ends, for whatever reason.
 
     Raises:
         UserError: another report is being made there.

@@ -219,15 +219,13 @@ def is_whole(state: dict[str, Any], recipe: Recipe, dataset: Dataset, dev: Datas
             and bool(state["logits"].isfinite().all())
             and epochs == recipe.epochs
         )
+    if state["run"]["epoch"] != epochs or epochs > recipe.epochs:
+        return False
     run = Run(recipe, len(dataset), torch.device("cpu"))
     run.load_state_dict(state["run"])
     example |= {"labels": dataset.labels, "run": run.state_dict()}
     known = {IGNORE_INDEX, *range(len(CLASS_NAMES))}
-    return (
-        same_layout(state, example)
-        and run.epoch == epochs <= recipe.epochs
-        and set(state["labels"].tolist()) <= known
-    )
+    return same_layout(state, example) and set(state["labels"].tolist()) <= known
 
 
 # ---- summaries ------------------------------------------------------------------------------

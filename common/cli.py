@@ -62,7 +62,7 @@ def one_line(name: object) -> str:
 
 
 def say(text: str = "", error: bool = False) -> None:
-    """Print text, cleaned; to stderr, if it can be written to, if it is a warning or an error."""
+    """Print text, cleaned; a warning or an error to stderr, or nowhere if stderr fails."""
     if not error:
         print(clean(text))
         return

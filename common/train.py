@@ -118,8 +118,8 @@ class Run:
             average = get_ema_multi_avg_fn(recipe.ema_decay)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self.optimizer = make_optimizer(self.model, recipe)
-        steps = math.ceil(count / recipe.batch_size)
-        self.scheduler = make_scheduler(self.optimizer, recipe, steps)
+        self.steps_per_epoch = math.ceil(count / recipe.batch_size)
+        self.scheduler = make_scheduler(self.optimizer, recipe, self.steps_per_epoch)
 
     @property
     def result(self) -> Classifier:
@@ -128,10 +128,15 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to resume."""
-        return {"epoch": self.epoch, "parts": [part.state_dict() for part in self._parts()]}
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "ema": self.ema.state_dict() if self.ema else {},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state.
+        """Restore a saved state; the settings stay those of the recipe.
 
         Raises:
             ValueError: it is that of another run, or damaged.
@@ -141,17 +146,18 @@ class Run:
         self.optimizer.step()  # gives it a state to compare with: loading one checks no shapes
         if not same_layout(state, self.state_dict()):
             raise ValueError("not the state of this run")
-        for part, saved in zip(self._parts(), state["parts"], strict=True):
-            part.load_state_dict(saved)
+        self.model.load_state_dict(state["model"])
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": settings})
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        for _ in range(state["epoch"] * self.steps_per_epoch):
+            self.scheduler.step()
         self.epoch = state["epoch"]
-
-    def _parts(self) -> list[Any]:
-        parts = [self.model, self.optimizer, self.scheduler]
-        return [*parts, self.ema] if self.ema else parts
 
 
 def same_layout(value: Any, example: Any) -> bool:
-    """Return whether a value has the types, keys, lengths and tensor shapes of an example."""
+    """Return whether a value has an example's types, keys and lengths, and its tensors' layout."""
     if isinstance(example, dict):
         same_keys = isinstance(value, dict) and value.keys() == example.keys()
         return same_keys and all(same_layout(value[key], example[key]) for key in example)

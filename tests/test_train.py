@@ -396,7 +396,7 @@ def trained_run(recipe):
 def test_optimizer_state_that_would_be_written_beyond_is_refused(recipe):
     def load(change):
         state = trained_run(recipe).state_dict()
-        values = state["parts"][1]["state"][0]
+        values = state["optimizer"][0]
         name = next(name for name in values if name != "step")
         change(state, values, name)
         run = Run(recipe, 10, CPU)
@@ -410,8 +410,9 @@ def test_optimizer_state_that_would_be_written_beyond_is_refused(recipe):
         lambda state, values, name: values.update({name: torch.ones(1).expand(values[name].shape)}),
         lambda state, values, name: values.pop(name),
         lambda state, values, name: values.update({name: [1.0]}),
-        lambda state, values, name: state["parts"][2].update(step=3),
-        lambda state, values, name: state["parts"][1]["param_groups"][0].update(lr="x"),
+        lambda state, values, name: state["optimizer"].pop(1),
+        lambda state, values, name: state["optimizer"].update({0: state["optimizer"][1]}),
+        lambda state, values, name: state.update(epoch=1.0),
     ):
         with pytest.raises(ValueError, match="not the state of this run"):
             load(change)

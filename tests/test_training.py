@@ -414,7 +414,7 @@ def test_a_damaged_state_of_a_stopped_run_is_refused(run_training, interrupted, 
     assert run_training(*options)[0] == 130
     wrong = [train.labels + 1, train.labels - 9, train.labels[1:], train.labels.float(), 3]
     damages = [*WRONG_HISTORIES, *(with_values(labels=each) for each in wrong)]
-    damages += [with_values(run={"epoch": 2, "parts": []}), with_values(run={"epoch": 2})]
+    damages += [with_values(run={"epoch": 2, "model": {}}), with_values(run={"epoch": 2})]
     damages += [lambda state: state | {"run": state["run"] | {"epoch": 1}}]
     path = Path("out/naive.unfinished.ckpt")
     assert_damaged(lambda *more: run_training(*options, *more), path, damages)
