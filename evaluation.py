@@ -242,7 +242,11 @@ def evaluate(
 
 
 def evaluate_other_range(model: Classifier, found: Evaluated, dataset: Dataset) -> dict[str, Any]:
-    """Return the model's scores when its pixels are in the other range, compared with its own."""
+    """Return the model's scores when its pixels are in the other range, compared with its own.
+
+    Raises:
+        UserError: its logits are not finite then.
+    """
     low, high = other = (0.0, 1.0) if model.pixel_range == COURSE_RANGE else COURSE_RANGE
     name = f"{found.name}: with pixels in [{low:g}, {high:g}]"
     logits = finite_logits(with_pixel_range(model, other), dataset.images, name)
