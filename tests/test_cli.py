@@ -479,10 +479,10 @@ def test_a_figure_without_images_is_a_drawing_too(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.png"}
 
 
-ODD_NAMES = ["a$b_{$c", r"cost\$x$", "$$", "plain", "猫"]
+ODD_NAMES = ["a$b_{$c", r"cost\$x$", "$$", "plain"]
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("name", [*ODD_NAMES, "猫"])
 def test_figures_name_their_data_whatever_it_is_called(name, tmp_path, recwarn):
     results = make_results(tmp_path, quick=True, data=DATA | {"name": name})
     figure = Figure()
