@@ -252,7 +252,7 @@ def describe_comparison(comparison: Mapping[str, Any]) -> str:
     elif high < 0:
         text = f"worse by {-difference:.3f} [{-high:.3f}, {-low:.3f}]"
     else:
-        text = f"no difference seen ({difference:+.3f} [{low:.3f}, {high:.3f}])"
+        text = f"no difference seen ({difference:+z.3f} [{low:z.3f}, {high:z.3f}])"
     if comparison["runs"] == 1:
         text += "; one seed: the spread over seeds is not included"
     return text
