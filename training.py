@@ -222,8 +222,8 @@ def is_whole(state: dict[str, Any], recipe: Recipe, dataset: Dataset, dev: Datas
     if state["run"]["epoch"] != epochs or epochs > recipe.epochs:
         return False
     run = Run(recipe, len(dataset), torch.device("cpu"))
-    run.load_state_dict(state["run"])
-    example |= {"labels": dataset.labels, "run": run.state_dict()}
+    run.load_state_dict(state["run"])  # raises an error if it is not of this run
+    example |= {"labels": dataset.labels, "run": state["run"]}
     known = {IGNORE_INDEX, *range(len(CLASS_NAMES))}
     return same_layout(state, example) and set(state["labels"].tolist()) <= known
 

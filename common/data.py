@@ -380,8 +380,9 @@ def _correlated_pairs(
     found = [(torch.empty(0, dtype=torch.int64),) * 2 + (torch.empty(0),)]
     for i, j in _candidate_pairs(images, others):
         correlation = torch.empty(len(i))  # many small tensors would scatter over the memory
-        for part in torch.arange(len(i)).split(BLOCK):
-            correlation[part] = _correlate(images[i[part]], compared[j[part]])
+        parts = (each.split(BLOCK) for each in (correlation, i, j))
+        for part, first, second in zip(*parts, strict=True):
+            part.copy_(_correlate(images[first], compared[second]))
         alike = correlation >= DUPLICATE_CORRELATION
         found.append((i[alike], j[alike], correlation[alike]))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
