@@ -10,7 +10,6 @@ themselves are in common/attacks.py.
 
 import argparse
 import textwrap
-import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, cycle, zip_longest
@@ -19,7 +18,6 @@ from typing import Any
 
 from common import cli, metrics, plots
 from common.attacks import (
-    IMAGES_PER_CLASS,
     UNIVERSAL_STEPS,
     fgsm,
     in_batches,
@@ -177,20 +175,6 @@ def count_affordable(models: list[Classifier], dataset: Dataset) -> int:
         for model in models:
             model(torch.zeros(1, *dataset.images.shape[1:]))
     return max(50, int(BUDGET / counter.get_total_flops()) // 50 * 50)
-
-
-def expected_seconds(model: Classifier, dev: Dataset, epsilons: int) -> float:
-    """Estimate how long `attack_all` takes from the time of one batch."""
-    images, labels = to_float(dev.images[:50]), dev.labels[:50]
-    for _ in range(2):  # the first time is slower
-        start = time.perf_counter()
-        in_batches(fgsm, model, images, labels, epsilon=0.1)
-    seconds_per_gradient = (time.perf_counter() - start) / len(images)
-    steps = 2 * RUNS * UNIVERSAL_STEPS / len(model.views(images))  # of universal perturbations
-    # For each dev image FGSM's gradient, predictions in a third of a gradient's time, and half of
-    # PGD's steps: images that are fooled need no more.
-    gradients = len(dev) * (1 + RUNS + PGD_STEPS / 2) + steps * len(CLASS_NAMES) * IMAGES_PER_CLASS
-    return epsilons * gradients * seconds_per_gradient
 
 
 # ---- numbers --------------------------------------------------------------------------------
@@ -550,17 +534,15 @@ def main() -> None:
     if training_set is None:
         cli.say("no training set to fit universal perturbations on: they are left out")
 
-    models = [each.model for each in loaded.values()]
-    count = arguments.images or count_affordable(models, dev)
+    count = arguments.images or count_affordable([each.model for each in loaded.values()], dev)
     if count < len(dev):
         dev = choose_images(dev, count, arguments.seed)
     epsilons = sorted({f"{epsilon:g}": epsilon for epsilon in arguments.epsilons}.values())
-    seconds = sum(expected_seconds(model.to(device), dev, len(epsilons)) for model in models)
-    expected = "" if arguments.quick else f", which takes about {max(1, round(seconds / 60))} min"
-    cli.say(f"attacking {len(dev)} dev images{expected}\n")
+    cli.say(f"attacking {len(dev)} dev images\n")
     targets = {}
     for name, checkpoint in loaded.items():
-        model, metadata = checkpoint.model, {"file": paths[name].name, **checkpoint.metadata}
+        model = checkpoint.model.to(device)
+        metadata = {"file": paths[name].name, **checkpoint.metadata}
         logits = finite_logits(model, dev.images, str(paths[name]))
         found = attack_all(
             model, training_set, dev, epsilons, arguments.seed, arguments.quick, name == "plain"

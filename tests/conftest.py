@@ -59,6 +59,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """Run jobs here, where tests can watch them; starting other processes takes seconds."""
+    monkeypatch.setattr("common.train._core_count", lambda: 1)
+
+
 @pytest.fixture
 def train() -> Dataset:
     return make_dataset("train")

@@ -264,6 +264,7 @@ def test_script_without_training_set_leaves_universal_perturbations_out(
 def test_pixel_range_is_that_of_both_bare_checkpoints(
     run_script, course_folder, checkpoint, model, dev, tmp_path
 ):
+    (course_folder / "train.pickle").unlink()  # fitting universal perturbations takes seconds
     bare = tmp_path / "bare.pt"  # of a model that was trained on [-1, 1]
     torch.save({"model_state_dict": model.state_dict()}, bare)
     options = ("--data", course_folder, *QUICK, "--epsilons", "0.1", "--images", "60")

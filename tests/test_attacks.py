@@ -45,13 +45,15 @@ def images(dev):
 
 
 class Linear(Classifier):
-    """A model whose gradients can be worked out by hand; it counts what it is asked."""
+    """A model whose gradients can be worked out by hand; it keeps all images that it is shown."""
 
     def __init__(self, **settings):
         super().__init__(pixel_range=(0.0, 1.0), **settings)
         self.layer = nn.Linear(3 * 32 * 32, 3)
+        self.shown = []
 
     def logits(self, x):
+        self.shown.append(x.detach())
         return self.layer(x.flatten(start_dim=1))
 
 
@@ -87,11 +89,14 @@ def test_fgsm_is_pgd_with_one_full_step(model, dev, images):
     torch.testing.assert_close(one_step, fgsm(model, images, dev.labels, 0.05), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("steps", "alpha"), [(1, 0.03), (5, 0.01), (20, 0.004)])
-def test_pgd_equals_torchattacks(model, dev, images, steps, alpha):
-    attack = torchattacks.PGD(model, 0.03, alpha, steps, random_start=False)
+@pytest.mark.parametrize(
+    ("epsilon", "steps", "alpha"), [(0.03, 1, 0.03), (0.03, 5, 0.01), (0.15, 20, None)]
+)
+def test_pgd_equals_torchattacks(model, dev, images, epsilon, steps, alpha):
+    step_size = alpha or 2.5 * epsilon / steps  # the default
+    attack = torchattacks.PGD(model, epsilon, step_size, steps, random_start=False)
     settings = {"random_start": False, "stop_early": False}
-    ours = pgd(model, images, dev.labels, 0.03, alpha, steps, **settings)
+    ours = pgd(model, images, dev.labels, epsilon, alpha, steps, **settings)
     same = (ours - attack(images, dev.labels)).abs() < 1e-5  # but for gradients that are nearly 0
     assert same.float().mean() > 0.995
 
@@ -153,6 +158,41 @@ def test_pgd_starts_at_random_points_of_the_ball(dev, images):
 def test_pgd_leaves_alone_what_is_misclassified_already(model, images):
     wrong_labels = (predict_logits(model, images).argmax(dim=1) + 1) % 3
     assert torch.equal(pgd(model, images, wrong_labels, 0.1), images)
+
+
+def test_pgd_ends_once_all_images_are_misclassified(dev, images):
+    model = Linear().eval()
+    settings = {"steps": 7, "random_start": False}
+    left = pgd(model, images, dev.labels, 1.0, alpha=1.0, **settings)  # one step is enough
+    assert accuracy(model, left, dev.labels) == 0
+    model.shown.clear()
+    pgd(model, images, dev.labels, 1.0, alpha=1.0, **settings)
+    assert len(model.shown) == 3  # clean images, first step, and the check that all are wrong
+    model.shown.clear()
+    pgd(model, images, dev.labels, 1.0, stop_early=False, **settings)
+    assert len(model.shown) == 7
+
+
+def test_pixels_without_a_gradient_stay_as_they_are(dev, images):
+    model = Linear().eval()
+    with torch.no_grad():
+        model.layer.weight[:, :100] = 0
+    untouched = images.flatten(1)[:, :100]
+    attacked = fgsm(model, images, dev.labels, 0.1)
+    assert torch.equal(attacked.flatten(1)[:, :100], untouched)
+    attacked = trades_perturbation(model, images, 0.1)
+    assert (attacked.flatten(1)[:, :100] - untouched).abs().max() <= 0.01 + 1e-6  # its start
+
+
+def test_models_are_shown_possible_images_only(train, dev, images):
+    model = Linear(tta_flip=True).eval()
+    images = images.round()  # black and white: any change may leave the range
+    pgd(model, images, dev.labels, 0.5, steps=3)
+    trades_perturbation(model, images, 0.5)
+    universal_perturbation(model, replace(train, images=255 * (train.images > 90).byte()), 0.5, 0)
+    shown = torch.cat(model.shown)
+    assert shown.min() == 0
+    assert shown.max() == 1
 
 
 def test_loss_rises_with_epsilon(model, dev, images):
@@ -334,6 +374,39 @@ def test_universal_perturbation_goes_down_the_loss_of_the_next_label(model, trai
     attacked = (images + noise).clamp(0, 1)
     next_labels = (dev.labels + 1) % 3
     assert loss_on(model, attacked, next_labels) < 0.7 * loss_on(model, images, next_labels)
+
+
+@pytest.mark.parametrize("to_next_label", [False, True])
+def test_universal_perturbation_by_hand(model, dev, to_next_label):
+    three = dev.first(1)  # each batch holds these three, equally often
+    images, labels, steps, epsilon = to_float(three.images), three.labels, 6, 0.5
+    found = universal_perturbation(model, three, epsilon, 5, to_next_label, steps)
+    torch.manual_seed(5)
+    expected = torch.empty(3, 32, 32).uniform_(-epsilon, epsilon)
+    for step in range(steps):
+        leaf = (images + expected).clamp(0, 1).requires_grad_()
+        log_probabilities = model(leaf).log_softmax(dim=1)
+        if to_next_label:
+            log_probabilities[range(3), (labels + 1) % 3].sum().backward()
+        else:
+            (-log_probabilities[range(3), labels]).clamp(max=1.5).sum().backward()
+        expected += 0.4 * epsilon * (1 - step / steps) * leaf.grad.sum(dim=0).sign()
+        expected.clamp_(-epsilon, epsilon)
+    correct = [model(each).argmax(dim=1) == labels for each in (images, images + expected)]
+    assert correct[1].sum() < correct[0].sum()  # else there is no perturbation
+    same = (found - expected).abs() < 1e-5  # but for gradients that are nearly 0
+    assert same.float().mean() > 0.99
+
+
+def test_universal_perturbation_is_fitted_to_all_classes_alike():
+    dataset = make_dataset("train", (50, 5, 2))
+    bright = torch.arange(3)[:, None, None, None] * 100 + 20
+    dataset = replace(dataset, images=bright[dataset.labels].expand(-1, 3, 32, 32).byte())
+    model = Linear().eval()
+    universal_perturbation(model, dataset, 0.05, seed=0, steps=2)
+    for batch, of_each_class in zip(model.shown, (20, 20, 50, 50), strict=True):
+        labels = (batch.mean(dim=(1, 2, 3)) * 2.55).round()
+        assert labels.unique(return_counts=True)[1].tolist() == [of_each_class] * 3
 
 
 def test_universal_perturbation_that_does_no_harm_is_none_at_all(train):

@@ -630,8 +630,7 @@ def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_lik
     assert sum(len(predicted) for _, predicted, _ in jobs_seen) == 59
 
 
-def test_a_class_of_one_image_is_predicted_without_a_librarys_words(recwarn, monkeypatch):
-    monkeypatch.setattr("common.train._core_count", lambda: 1)
+def test_a_class_of_one_image_is_predicted_without_a_librarys_words(recwarn):
     logits = cross_val_logits(QUICK, make_dataset(counts=(5, 2, 1)), 0, CPU)
     assert logits.isfinite().all()
     assert not recwarn.list

@@ -32,12 +32,6 @@ CPU = torch.device("cpu")
 CLASSES = ["car", "truck", "cat"]
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """Run jobs here, where tests can watch them; starting other processes takes seconds."""
-    monkeypatch.setattr("common.train._core_count", lambda: 1)
-
-
 @pytest.fixture
 def small_batches(monkeypatch):
     """Let two recipes learn something from 60 images in a few epochs."""
