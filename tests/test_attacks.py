@@ -182,6 +182,11 @@ def test_pixels_without_a_gradient_stay_as_they_are(dev, images):
     assert torch.equal(attacked.flatten(1)[:, :100], untouched)
     attacked = trades_perturbation(model, images, 0.1)
     assert (attacked.flatten(1)[:, :100] - untouched).abs().max() <= 0.01 + 1e-6  # its start
+    own = replace(dev, labels=model(images).argmax(dim=1))
+    noise = universal_perturbation(model, own, 0.5, seed=0, steps=10)
+    torch.manual_seed(0)
+    start = torch.empty(3, 32, 32).uniform_(-0.5, 0.5)
+    assert torch.equal(noise.flatten()[:100], start.flatten()[:100])
 
 
 def test_models_are_shown_possible_images_only(train, dev, images):

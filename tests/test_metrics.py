@@ -134,6 +134,17 @@ def test_intervals_at_the_edge_end_there_and_have_a_width(confusion, score, ends
     assert ends[1] is None or high == ends[1]
 
 
+@pytest.mark.parametrize("confusion", [CONFUSION, np.diag(DEV_COUNTS) - 5 * np.eye(3, dtype=int)])
+def test_intervals_are_quantiles_of_the_recalls_posterior(confusion):
+    confusion = confusion + np.eye(3, k=1, dtype=int)
+    correct, wrong = np.diag(confusion), confusion.sum(axis=1) - np.diag(confusion)
+    recalls = stats.beta.rvs(correct + 0.5, wrong + 0.5, size=(100_000, 3), random_state=1)
+    found = metrics.intervals(confusion)
+    for score, draws in (("balanced_accuracy", np.mean), ("g_mean", stats.gmean)):
+        expected = np.quantile(draws(recalls, axis=1), [0.025, 0.975])
+        assert found[score] == pytest.approx(expected, abs=0.004), score
+
+
 @settings(max_examples=30, deadline=None)
 @given(cells=st.lists(st.integers(0, 30), min_size=9, max_size=9))
 def test_each_interval_holds_its_score(cells):

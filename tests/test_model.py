@@ -6,7 +6,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from dataclasses import asdict
 
-from common.cli import UserError
+from common.cli import PROJECT, UserError
 from common.data import open_data, to_float
 from common.metrics import evaluate
 from common.model import (
@@ -22,7 +22,7 @@ from common.model import (
     save_checkpoint,
     with_pixel_range,
 )
-from common.recipes import BEST
+from common.recipes import BEST, RECIPES
 from data.pickles import read_torch_file
 
 import numpy as np
@@ -100,10 +100,6 @@ def test_network_learns_in_every_weight_and_does_not_mix_images(network):
     assert torch.allclose(model(to_float(IMAGES[3:4])), logits[3:4], atol=1e-5)
     logits.square().sum().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in model.parameters())
-
-
-def test_small_vgg_is_small():
-    assert 250_000 < sum(w.numel() for w in build_model("SmallVGG").parameters()) < 350_000
 
 
 def test_with_pixel_range_feeds_a_copy_other_pixels():
@@ -666,6 +662,62 @@ def test_autocast_is_not_used_on_gpus_that_only_emulate_bfloat16(native, monkeyp
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
     context = autocast(torch.device("cuda"))
     assert isinstance(context, torch.autocast) == native
+
+
+@pytest.mark.parametrize(
+    ("device", "capabilities", "faster"),
+    [
+        ("cpu", {"avx2": True, "avx512_bf16": False}, False),
+        ("cpu", {"avx512_bf16": True}, True),
+        ("cpu", {"amx_bf16": True}, True),
+        ("mps", {"amx_bf16": True}, False),
+    ],
+)
+def test_autocast_is_used_on_cpus_with_bfloat16_instructions(
+    device, capabilities, faster, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    context = autocast(torch.device(device))
+    assert isinstance(context, torch.autocast) == faster
+
+
+# ---- the shipped checkpoints ------------------------------------------------------------------
+
+SHIPPED = ("pre_trained", "tuned", "best", "robust")
+MAX_SHIPPED_SIZE = 4_000_000  # bytes
+
+
+def shipped(name):
+    return PROJECT / "models" / f"{name}.ckpt"
+
+
+def is_unchanged(stored, current):
+    """Return whether each stored setting has its value still; newer settings may be missing."""
+    if isinstance(stored, dict) and isinstance(current, dict):
+        return all(is_unchanged(stored[key], current[key]) for key in stored)
+    return stored == current
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_checkpoint_is_of_its_recipe_as_it_stands(name):
+    found, recipe = load_checkpoint(shipped(name)), RECIPES[name]
+    assert is_unchanged(found.metadata["recipe"], asdict(recipe))
+    assert type(found.model) is NETWORKS[recipe.network]
+    assert (found.model.tta_flip, found.model.tta_shift) == (recipe.tta_flip, recipe.tta_shift)
+    assert found.metadata["seed"] == 0
+    assert shipped(name).stat().st_size < MAX_SHIPPED_SIZE
+
+
+@needs_course_data
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("pre_trained", 0, 0), ("tuned", 0.8, 1), ("best", 0.9, 1)]
+)
+def test_shipped_checkpoint_recognizes_the_courses_images(name, low, high):
+    dev = open_data(str(COURSE_DATA)).load("dev")
+    model = load_checkpoint(shipped(name)).model
+    predicted = predict_logits(model, dev.images).argmax(dim=1)
+    assert low <= evaluate(dev.labels, predicted)["g_mean"] <= high
 
 
 def test_what_training_leaves_beside_the_weights_is_taken():
