@@ -34,6 +34,7 @@ from common.train import (
     orthogonalize,
     parallel_map,
     random_flip_and_crop,
+    same_layout,
     sampled_prior,
     train,
 )
@@ -489,7 +490,12 @@ def plain_loop(dataset, seed, epochs, batch_size):
 
 def test_naive_equals_the_plainest_loop():
     dataset, losses = make_dataset(), []
-    model = train(QUICK, dataset, 5, CPU, lambda run, of_epoch: losses.extend(of_epoch))
+
+    def after_epoch(run, of_epoch):
+        losses.extend(of_epoch)
+        assert not run.result.training  # a model in eval mode must not stay so
+
+    model = train(QUICK, dataset, 5, CPU, after_epoch)
     expected, expected_losses = plain_loop(dataset, 5, QUICK.epochs, QUICK.batch_size)
     assert losses == pytest.approx(expected_losses, abs=1e-5)
     for weight, other in zip(model.parameters(), expected.parameters(), strict=True):
@@ -509,6 +515,27 @@ def test_the_schedule_moves_with_each_step():
     train(recipe, make_dataset(), 0, CPU, remember)
     expected = rates_of(recipe, 2)[2::2]
     assert rates[:-1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_the_models_settings_are_those_of_the_recipe(ema_decay):
+    recipe = replace(QUICK, network="SmallVGG", tta_flip=True, tta_shift=2, ema_decay=ema_decay)
+    run = Run(recipe, 10, CPU)
+    assert (run.ema is not None) == (ema_decay > 0)
+    for model in (run.model, run.result):
+        assert type(model).__name__ == recipe.network
+        assert (model.tta_flip, model.tta_shift) == (True, 2)
+
+
+def test_layouts_by_hand():
+    example = {"a": [1, 2.0], "b": torch.zeros(2, 3)}
+    assert same_layout({"a": [7, 0.5], "b": torch.ones(2, 3)}, example)
+    numbers = ([1], [1, 2.0, 3.0], [1, 2], (1, 2.0), [1, [2.0]], None)
+    tensors = (torch.zeros(3, 2).T, torch.zeros(2, 3).long(), torch.zeros(6), [[0.0] * 3] * 2)
+    others = [{"a": each, "b": example["b"]} for each in numbers]
+    others += [{"a": example["a"], "b": each} for each in tensors]
+    for value in (*others, {"a": example["a"]}, {**example, "c": 0}, list(example)):
+        assert same_layout(value, example) is False
 
 
 def test_same_seed_same_weights_and_other_seed_other_weights():
