@@ -50,24 +50,17 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     correct = np.diagonal(confusion, axis1=-2, axis2=-1)
     counts = confusion.sum(axis=-1)
     recall = np.where(counts > 0, correct / np.maximum(counts, 1), np.nan)
-    return scores_from_recalls(recall, counts / counts.sum(axis=-1, keepdims=True)) | {
-        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),  # also where a recall is NaN
+    return _means_of(recall) | {
+        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),
         "recall": recall,
         "precision": correct / np.maximum(confusion.sum(axis=-2), 1),
     }
 
 
-def scores_from_recalls(recalls: np.ndarray, fractions: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each score in SCORE_TITLES, [...], from recalls [..., C].
-
-    Args:
-        fractions: of the images that are in each class, [..., C] or [C].
-    """
-    return {
-        "accuracy": (recalls * fractions).sum(axis=-1),
-        "balanced_accuracy": recalls.mean(axis=-1),
-        "g_mean": recalls.prod(axis=-1) ** (1 / recalls.shape[-1]),
-    }
+def _means_of(recalls: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the arithmetic and the geometric mean, [...], of recalls [..., C]."""
+    g_mean = recalls.prod(axis=-1) ** (1 / recalls.shape[-1])
+    return {"balanced_accuracy": recalls.mean(axis=-1), "g_mean": g_mean}
 
 
 def evaluate(labels: ArrayLike, predicted: ArrayLike) -> dict[str, Any]:
@@ -154,7 +147,7 @@ def intervals(confusion: np.ndarray) -> dict[str, np.ndarray]:
     correct, counts = np.diagonal(confusion), confusion.sum(axis=1)
     generator = np.random.default_rng(0)
     recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
-    values, draws = scores(confusion), scores_from_recalls(recalls, counts / counts.sum())
+    values, draws = scores(confusion), _means_of(recalls)
     found = {score: _interval_around(draws[score], values[score]) for score in draws}
     columns = zip(correct, confusion.sum(axis=0), strict=True)
     return found | {
@@ -233,7 +226,7 @@ def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.nda
 
 def _per_run_difference(recalls: np.ndarray, fractions: np.ndarray, score: str) -> np.ndarray:
     """Return predicted - baseline [..., S] from recalls [..., 2 S, C], the baseline's first."""
-    values = scores_from_recalls(recalls, fractions)[score]
+    values = (recalls @ fractions) if score == "accuracy" else _means_of(recalls)[score]
     baseline, predicted = np.split(values, 2, axis=-1)
     return predicted - baseline
 

@@ -2,6 +2,7 @@ from common import metrics
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
@@ -59,6 +60,25 @@ def test_temperature_prior_and_transition_matrix_are_recovered():
     fitted, found = metrics.fit_label_noise(logits, given)
     assert found == pytest.approx(transition, abs=0.02)
     assert np.abs(fitted - probabilities).mean() < 0.01
+
+
+def test_fit_is_the_best_that_another_optimizer_finds():
+    generator = np.random.default_rng(1)
+    logits = 2 * generator.normal(size=(40, 3))  # so few that the prior matters
+    given = (logits + generator.normal(size=(40, 3))).argmax(axis=1)
+    given[:6] = (given[:6] + 1) % 3
+
+    def objective(true, transition):
+        likelihood = np.log((true @ transition)[np.arange(40), given]).sum()
+        return likelihood + np.log(np.diagonal(transition)).sum()  # the three extra images
+
+    def loss(parameters):
+        true = softmax(np.exp(parameters[0]) * logits + parameters[1:4], axis=1)
+        return -objective(true, softmax(parameters[4:].reshape(3, 3), axis=1))
+
+    start = np.concatenate([[0], np.zeros(3), 2 * np.eye(3).ravel()])
+    best = minimize(loss, start, method="Powell", bounds=[(-3, 3)] + [(-12, 12)] * 12)
+    assert objective(*metrics.fit_label_noise(logits, given)) >= -best.fun - 0.01
 
 
 @pytest.mark.parametrize("class_weight", ["balanced", None])
