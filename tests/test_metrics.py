@@ -72,6 +72,18 @@ def test_many_confusion_matrices_at_once_score_as_one_by_one():
             assert together[name][number] == pytest.approx(alone)
 
 
+def test_a_class_of_one_image_scores_0_or_1():
+    found = metrics.scores(np.eye(3, dtype=int))
+    assert found["recall"].tolist() == found["precision"].tolist() == [1, 1, 1]
+    assert metrics.scores(np.roll(np.eye(3, dtype=int), 1, axis=1))["g_mean"] == 0
+
+
+def test_spread_over_runs_by_hand():
+    runs = [{"g_mean": 0.5, "recall": [0.1]}, {"g_mean": 0.7, "recall": [0.1]}]
+    assert metrics.spread_over_runs(runs) == {"g_mean": pytest.approx(0.02**0.5), "recall": [0]}
+    assert metrics.spread_over_runs(runs[:1]) == {"g_mean": 0, "recall": [0]}
+
+
 def test_nothing_is_claimed_of_a_class_without_images():
     found = metrics.evaluate([0, 0, 0, 1], [0, 0, 1, 1])
     assert np.isnan(found["recall"]["cat"])
