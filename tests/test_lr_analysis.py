@@ -1,8 +1,10 @@
 import json
 from dataclasses import replace
+from unittest.mock import ANY
 
 import lr_analysis
 from common.model import build_model
+from common.train import draw_balanced
 from lr_analysis import CHANCE_LOSS, EDGE, divergence_step, range_test, smooth, suggest_rate
 
 import numpy as np
@@ -100,6 +102,26 @@ def test_each_loss_is_measured_before_the_step_and_the_model_stays_as_it_is(monk
     assert losses[:2] == pytest.approx(still[:2], rel=1e-5)  # the high rate acts after loss 2
     assert abs(losses[2] - still[2]) > 0.05
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_range_test_equals_the_plainest_loop(monkeypatch):
+    rates, dataset = [1e-4, 1e-3, 1e-3, 1e-2, 1e-2, 1e-3], make_dataset()
+    monkeypatch.setattr(lr_analysis, "RANGE_TEST_RATES", np.array(rates))
+    torch.manual_seed(0)
+    model = build_model().train()
+    torch.manual_seed(1)
+    found = range_test(model, RECIPE, dataset, CPU)
+    torch.manual_seed(1)
+    order = draw_balanced(dataset.labels, 16 * len(rates)).view(-1, 16)
+    optimizer, expected = torch.optim.Adam(model.parameters()), []
+    for rate, index in zip(rates, order, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        loss = nn.CrossEntropyLoss()(model(dataset.images[index] / 255), dataset.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 class ScriptedModel(nn.Module):
@@ -244,8 +266,6 @@ def test_range_figure_shows_the_suggestion_beside_the_best_rate_and_does_not_sta
 
 def test_script_writes_a_verdict_for_each_rate(run_script, course_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(lr_analysis, "RECIPE", RECIPE)
-    one_by_one = lambda function, jobs, *_: (function(*job) for job in jobs)  # noqa: E731
-    monkeypatch.setattr(lr_analysis, "parallel_map", one_by_one)
     options = ("--data", course_folder, "--out", "out", "--quick", "--seed", "0,1")
     status, printed, _ = run_script(lr_analysis, *options, "--rates", "1e30", "0.001")
     assert status == 0
@@ -255,7 +275,13 @@ def test_script_writes_a_verdict_for_each_rate(run_script, course_folder, tmp_pa
     assert numbers["model"] == "the course's CNN with class-balanced sampling"
     assert numbers["rates"]["1e+30"]["diverged_at_step"] == 2
     assert None in numbers["rates"]["1e+30"]["smoothed_losses"]
-    assert numbers["range_test"]["explanation"] in printed
+    tested = numbers["range_test"]
+    assert tested["explanation"] in printed
+    run_script(lr_analysis, *options[:-1], "0", "--rates", "0.001")  # the same first seed
+    assert json.loads((tmp_path / "out/lr_analysis.json").read_text())["range_test"] == {
+        **tested,
+        "explanation": ANY,
+    }
     assert numbers["range_test"].keys() >= {"rates", "losses", "suggestion"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "lr_analysis.json",

@@ -200,7 +200,11 @@ def test_a_bare_checkpoint_is_read_in_the_range_that_it_is_said_to_have(tmp_path
         expected = with_pixel_range(model, pixel_range or COURSE_RANGE)
         assert torch.equal(predict_logits(found.model, IMAGES), predict_logits(expected, IMAGES))
         assert (found.metadata, found.training, found.bare) == ({}, {}, True)
-    assert describe_checkpoint({}) == "of unknown training"
+
+
+@pytest.mark.parametrize("metadata", [{}, {"recipe": {}}, {"trained_on": {}}, {"recipe": "best"}])
+def test_training_that_a_checkpoint_does_not_state_is_unknown(metadata):
+    assert describe_checkpoint(metadata) == "of unknown training"
 
 
 def test_a_range_for_a_checkpoint_that_has_its_own_is_refused(tmp_path):
