@@ -50,6 +50,12 @@ def test_posterior_is_bayes_rule_by_hand(monkeypatch):
     assert posterior[1] == pytest.approx([72 / 75, 2 / 75, 1 / 75])
 
 
+def test_labels_that_are_wrong_with_more_than_35_percent_are_not_trusted():
+    posterior = np.array([[0.66, 0.34, 0], [0.64, 0.36, 0], [0.1, 0.9, 0], [0.3, 0, 0.7]])
+    assert metrics.trusted_labels(posterior, [0, 0, 0, 2]).tolist() == [True, False, False, True]
+    assert metrics.trusted_labels(posterior, [0, 0, 0, 1])[3]  # else no truck would be left
+
+
 def test_temperature_prior_and_transition_matrix_are_recovered():
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(20_000, 3)) * 3
