@@ -433,9 +433,10 @@ def save_image(folder, name, image, **options):
     return path
 
 
-def test_folder_of_images_comes_back_pixel_by_pixel(tmp_path, train):
+def test_folder_of_images_comes_back_pixel_by_pixel(tmp_path, train, capsys):
     write_image_folder(tmp_path, train)
     assert load(tmp_path).fingerprint == train.fingerprint
+    assert capsys.readouterr() == ("", "")
 
 
 def test_moving_a_file_changes_its_label_and_nothing_else(tmp_path, train):
@@ -481,6 +482,14 @@ def test_what_is_not_read_is_counted_and_named(tmp_path, train, capsys):
     assert all(name in said for name in ("notes.txt", "a.png", "list.csv", "b.tif"))
     assert "DS_Store" not in said and "ipynb" not in said and "._0" not in said
     assert "val is not read; the splits are train and dev" in said
+    assert "..." not in said
+    for number in range(2):
+        (tmp_path / "train/cat" / f"{number}.txt").write_bytes(b"x")
+    load(tmp_path)
+    said = capsys.readouterr().err  # five of the six names are enough
+    assert "6 files are not read" in said
+    assert said.count(".txt") + said.count(".png") + said.count(".tif") + said.count(".csv") == 5
+    assert "..." in said
 
 
 def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path):
@@ -676,7 +685,7 @@ def corrections(train):
     return [Correction(i, labels[i], (labels[i] + 1) % 3, i / 8, i % 2 == 0) for i in range(8)]
 
 
-def test_corrections_come_back_and_accepted_ones_are_applied(tmp_path, train, corrections):
+def test_corrections_come_back_and_accepted_ones_are_applied(tmp_path, train, corrections, capsys):
     path = tmp_path / "labels.csv"
     path.write_text(format_corrections(train, corrections))
     assert read_corrections(path, train) == corrections
@@ -684,6 +693,7 @@ def test_corrections_come_back_and_accepted_ones_are_applied(tmp_path, train, co
     expected = train.labels.clone()
     expected[[0, 2, 4, 6]] = (expected[[0, 2, 4, 6]] + 1) % 3
     assert torch.equal(corrected.labels, expected)
+    assert "4 of 8 are applied" in capsys.readouterr().out
     assert path.read_text().splitlines()[1] == "index,given,suggested,confidence,accept"
 
 
