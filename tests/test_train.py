@@ -28,6 +28,7 @@ from common.train import (
     draw_balanced,
     draw_indices,
     filter_labels,
+    make_folds,
     make_optimizer,
     make_scheduler,
     mixup,
@@ -655,6 +656,19 @@ def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_lik
         for group in alike:
             assert not (trained_on & group and predicted & group)
     assert sum(len(predicted) for _, predicted, _ in jobs_seen) == 59
+
+
+def test_folds_follow_the_seed_and_have_the_same_class_fractions():
+    dataset = make_dataset(counts=(60, 30, 9))
+    once, again, other = (make_folds(dataset, 3, seed) for seed in (0, 0, 1))
+    held_out = [outside.tolist() for _, outside in once]
+    assert held_out == [outside.tolist() for _, outside in again]
+    assert held_out != [outside.tolist() for _, outside in other]
+    assert sorted(sum(held_out, [])) == list(range(99))
+    for inside, outside in once:
+        assert not set(inside.tolist()) & set(outside.tolist())
+        counts = torch.bincount(dataset.labels[outside]).tolist()
+        assert counts == pytest.approx([20, 10, 3], abs=1)
 
 
 def test_a_class_of_one_image_is_predicted_without_a_librarys_words(recwarn):
