@@ -10,7 +10,7 @@ report: .venv/installed
 	$(BIN)/python report.py --data "$(DATA)"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto -m "slow or not slow"
