@@ -158,7 +158,10 @@ def test_a_class_without_images_is_named(tmp_path, train):
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", '{"train": [0]}', '{"train": {}}', '{"train": "x"}', '{"dev": [0]}'],
+    [
+        *("[]", '{"train": [0]}', '{"train": {}}', '{"train": "x"}', '{"dev": [0]}'),
+        *(json.dumps({"train": [label] + [0] * 59}) for label in (3, -1, True, 1.0, "0", None)),
+    ],
 )
 def test_true_labels_that_do_not_fit_are_refused(course_folder, train, content):
     (course_folder / "true_labels.json").write_text(json.dumps({"train": train.labels.tolist()}))
