@@ -561,7 +561,7 @@ def describe_metrics(models: list[Evaluated], dataset: Dataset, rank_by: str) ->
             by_rank = zip((_rounded(model, rank_by) for model in models), values, strict=True)
             pairs = [(b, w) for b, w in itertools.combinations(by_rank, 2) if b[0] > w[0]]
             reversed_ = sum(better[1] < worse[1] for better, worse in pairs)
-            text += f"; of the {len(pairs)} pairs that {chosen} orders, it reverses {reversed_}"
+            text += f"; pairs in the opposite order to {chosen}: {reversed_} of {len(pairs)}"
         texts.append(text + ".")
     texts.append(
         "Our answer: G-mean, since no class matters more than another and none may be given up. "
