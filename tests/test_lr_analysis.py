@@ -79,6 +79,21 @@ def test_no_rate_is_best_where_none_learns_or_all_diverge():
     assert verdicts(leaps_then_learns)[0.1] == "the best of these"
 
 
+def test_the_best_rate_has_learned_a_twentieth_of_chance_level():
+    for fraction, best in ((0.96, None), (0.94, 0.1)):
+        curves = {0.1: np.full((1, 50), fraction * CHANCE_LOSS)}
+        assert lr_analysis.best_rate(curves) == best
+
+
+def test_final_loss_is_that_of_the_last_step():
+    losses = np.array([[1.0] * 200 + [0.0], [0.5] * 201])
+    assert lr_analysis.final_loss(losses) == pytest.approx((0.9 + 0.5) / 2)
+
+
+def test_the_default_rates_are_those_of_the_report():
+    assert lr_analysis.REPORT_RATES == (0.5, 0.05, 0.005, 0.0005, 0.00005)
+
+
 # ---- range test -------------------------------------------------------------------------------
 
 
@@ -124,6 +139,13 @@ def test_range_test_equals_the_plainest_loop(monkeypatch):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_leap_counts_as_twice_the_initial_loss():
+    leap, capped = [0.5] * 60, [0.5] * 60
+    leap[30], capped[30] = 99.0, 1.0
+    smoothed = lr_analysis.smooth_without_lag(leap)
+    assert smoothed == pytest.approx(lr_analysis.smooth_without_lag(capped))
+
+
 class ScriptedModel(nn.Module):
     """Has the losses of a script, whatever the images are."""
 
@@ -148,6 +170,7 @@ class ScriptedModel(nn.Module):
         ([1.0] * 30, 30),
         ([1.0, 1.0, float("nan"), 1.0, 1.0], 3),
         ([1.0] * 10 + [60.0] + [1.0] * 10, 11),
+        ([0.5] * 10 + [30.0] + [0.5] * 10, 11),
     ],
 )
 def test_range_test_stops_at_nan_and_at_five_times_the_lowest_loss(losses, expected, monkeypatch):
@@ -275,6 +298,7 @@ def test_script_writes_a_verdict_for_each_rate(run_script, course_folder, tmp_pa
     assert numbers["model"] == "the course's CNN with class-balanced sampling"
     assert numbers["rates"]["1e+30"]["diverged_at_step"] == 2
     assert None in numbers["rates"]["1e+30"]["smoothed_losses"]
+    assert len(numbers["rates"]["0.001"]["smoothed_losses"]) == 8  # two epochs of four steps
     tested = numbers["range_test"]
     assert tested["explanation"] in printed
     train = open_data(str(course_folder)).load("train")
