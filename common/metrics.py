@@ -51,7 +51,7 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     counts = confusion.sum(axis=-1)
     recall = np.where(counts > 0, correct / np.maximum(counts, 1), np.nan)
     return _means_of(recall) | {
-        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),
+        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),  # also where a recall is NaN
         "recall": recall,
         "precision": correct / np.maximum(confusion.sum(axis=-2), 1),
     }
@@ -149,6 +149,13 @@ def intervals(confusion: np.ndarray) -> dict[str, np.ndarray]:
     recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
     values, draws = scores(confusion), _means_of(recalls)
     found = {score: _interval_around(draws[score], values[score]) for score in draws}
+    # A class without images has the score NaN, which widens nothing: nothing is known of it.
+    if (correct == 0).any():
+        found["g_mean"][0] = 0.0
+    if (correct == 0).all():
+        found["balanced_accuracy"][0] = 0.0
+    if (correct == counts).all():
+        found["balanced_accuracy"][1] = found["g_mean"][1] = 1.0
     columns = zip(correct, confusion.sum(axis=0), strict=True)
     return found | {
         "accuracy": np.array(wilson_interval(correct.sum(), counts.sum())),
@@ -226,7 +233,7 @@ def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.nda
 
 def _per_run_difference(recalls: np.ndarray, fractions: np.ndarray, score: str) -> np.ndarray:
     """Return predicted - baseline [..., S] from recalls [..., 2 S, C], the baseline's first."""
-    values = (recalls @ fractions) if score == "accuracy" else _means_of(recalls)[score]
+    values = recalls @ fractions if score == "accuracy" else _means_of(recalls)[score]
     baseline, predicted = np.split(values, 2, axis=-1)
     return predicted - baseline
 
