@@ -568,6 +568,7 @@ def _parse_row(path: Path, row: list[str], dataset: Dataset) -> Correction:
     classes = ", ".join(CLASS_NAMES)
     known = re.fullmatch(r"\d{1,9}", index, re.ASCII) and int(index) < len(dataset)
     check(known, "index", index, f"a number from 0 to {len(dataset) - 1}")
+    check(given in CLASS_NAMES, "given", given, classes)
     check(suggested in CLASS_NAMES, "suggested", suggested, classes)
     decimal = r"(0?[.,]\d{1,20}|[01]([.,]0{1,20})?)"  # a comma in many countries
     check(re.fullmatch(decimal, confidence, re.ASCII), "confidence", confidence, "from 0 to 1")

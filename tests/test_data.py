@@ -759,6 +759,7 @@ BAD_CSV = {
     "long index": (change_row("index", "9" * 5000), "index is '9+', not a number from 0"),
     "twice": (change_row("index", "0"), "given is|index 0 is in two rows"),
     "class": (change_row("suggested", "dog"), "index '3': suggested is 'dog', not car, truck"),
+    "given class": (change_row("given", "dog"), "index '3': given is 'dog', not car, truck"),
     "confidence": (change_row("confidence", "1.5"), "confidence is '1.5', not from 0 to 1"),
     "no number": (change_row("confidence", "nan"), "confidence is 'nan', not from 0 to 1"),
     "accept": (change_row("accept", "maybe"), "index '3': accept is 'maybe', not yes or no"),
