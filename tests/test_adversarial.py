@@ -265,7 +265,7 @@ def test_pixel_range_is_that_of_both_bare_checkpoints(
     run_script, course_folder, checkpoint, model, dev, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(adversarial, "draw_all", lambda *_: None)
-    (course_folder / "train.pickle").unlink()  # as figures, universal perturbations take seconds
+    (course_folder / "train.pickle").unlink()  # or fitting universal perturbations takes seconds
     bare = tmp_path / "bare.pt"  # of a model that was trained on [-1, 1]
     torch.save({"model_state_dict": model.state_dict()}, bare)
     options = ("--data", course_folder, *QUICK, "--epsilons", "0.1", "--images", "60")

@@ -90,7 +90,8 @@ def test_fgsm_is_pgd_with_one_full_step(model, dev, images):
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "steps", "alpha"), [(0.03, 1, 0.03), (0.03, 5, 0.01), (0.15, 20, None)]
+    ("epsilon", "steps", "alpha"),
+    [(0.03, 1, 0.03), (0.03, 5, 0.01), (0.03, 20, 0.004), (0.15, 20, None)],
 )
 def test_pgd_equals_torchattacks(model, dev, images, epsilon, steps, alpha):
     step_size = alpha or 2.5 * epsilon / steps  # the default

@@ -102,6 +102,10 @@ def test_network_learns_in_every_weight_and_does_not_mix_images(network):
     assert all(weight.grad.abs().sum() > 0 for weight in model.parameters())
 
 
+def test_small_vgg_is_small():
+    assert 250_000 < sum(w.numel() for w in build_model("SmallVGG").parameters()) < 350_000
+
+
 def test_with_pixel_range_feeds_a_copy_other_pixels():
     model = new_model()
     other, pixels = with_pixel_range(model, (0.0, 1.0)), to_float(IMAGES)

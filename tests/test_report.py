@@ -488,10 +488,12 @@ def test_second_report_in_the_same_folder_is_refused(make_report, scripts, tmp_p
 
 
 def test_lock_of_a_killed_process_is_free(tmp_path):
-    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]).acquire(); "
+    hold = "import report, sys, pathlib; lock = report.lock(pathlib.Path(sys.argv[1])); "
     hold += "print('locked', flush=True); input()"
-    command = [sys.executable, "-c", hold, tmp_path / "running.lock"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    command = [sys.executable, "-c", hold, tmp_path]
+    with subprocess.Popen(
+        command, cwd=cli.PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout.readline() == b"locked\n"
         with pytest.raises(UserError, match="another report.py is writing"):
             report.lock(tmp_path)
