@@ -50,15 +50,15 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     correct = np.diagonal(confusion, axis1=-2, axis2=-1)
     counts = confusion.sum(axis=-1)
     recall = np.where(counts > 0, correct / np.maximum(counts, 1), np.nan)
-    return _means_of(recall) | {
+    return combine_recalls(recall) | {
         "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),  # also where a recall is NaN
         "recall": recall,
         "precision": correct / np.maximum(confusion.sum(axis=-2), 1),
     }
 
 
-def _means_of(recalls: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the arithmetic and the geometric mean, [...], of recalls [..., C]."""
+def combine_recalls(recalls: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the scores that follow from the recalls, [..., C]: their two means, [...]."""
     g_mean = recalls.prod(axis=-1) ** (1 / recalls.shape[-1])
     return {"balanced_accuracy": recalls.mean(axis=-1), "g_mean": g_mean}
 
@@ -147,7 +147,7 @@ def intervals(confusion: np.ndarray) -> dict[str, np.ndarray]:
     correct, counts = np.diagonal(confusion), confusion.sum(axis=1)
     generator = np.random.default_rng(0)
     recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
-    values, draws = scores(confusion), _means_of(recalls)
+    values, draws = scores(confusion), combine_recalls(recalls)
     found = {score: _interval_around(draws[score], values[score]) for score in draws}
     # A class without images has the score NaN, which widens nothing: nothing is known of it.
     if (correct == 0).any():
@@ -233,7 +233,7 @@ def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.nda
 
 def _per_run_difference(recalls: np.ndarray, fractions: np.ndarray, score: str) -> np.ndarray:
     """Return predicted - baseline [..., S] from recalls [..., 2 S, C], the baseline's first."""
-    values = recalls @ fractions if score == "accuracy" else _means_of(recalls)[score]
+    values = recalls @ fractions if score == "accuracy" else combine_recalls(recalls)[score]
     baseline, predicted = np.split(values, 2, axis=-1)
     return predicted - baseline
 

@@ -39,6 +39,7 @@ DIALECT = {
     r"(?<!-)colour\w*": "color",
     r"\w+(normalis|initialis|optimis|generalis)\w*": "American spelling",
 }
+NAME = re.compile(r"\b[A-Za-z]\w*_\w+")  # with an underscore: certainly a name in the code
 PATHS = re.compile(r"(?<![\w.>/])/(work|home|root|tmp|usr|Users|mnt|content)/|[A-Z]:\\\\?Users")
 
 
@@ -118,3 +119,15 @@ def test_words_are_those_of_the_field(path):
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_no_path_of_one_machine_is_in_the_code(path):
     assert not PATHS.search(path.read_text(encoding="utf-8"))
+
+
+DOCS = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_names_in_the_docs_exist_in_the_code(path):
+    code = "".join(file.read_text(encoding="utf-8") for file in [*CODE, *PROJECT.glob("*.html")])
+    prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    names = {name for quoted in re.findall(r"`[^`]+`", prose) for name in NAME.findall(quoted)}
+    assert names
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", code)) == []
