@@ -110,9 +110,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser without any options yet."""
+    return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+
 def make_parser(description: str | None, several_seeds: bool = False) -> argparse.ArgumentParser:
     """Return a parser with the options that all scripts share; a script adds its own."""
-    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = new_parser(description)
     parser.add_argument(
         "--data",
         default="auto",

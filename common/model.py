@@ -331,7 +331,8 @@ def describe_checkpoint(metadata: dict[str, Any]) -> str:
         return "of unknown training"
     values = (recipe.get("name"), recipe.get("epochs"), metadata.get("seed"), data.get("name"))
     name, epochs, seed, trained_on = (" ".join(str(value)[:60].split()) for value in values)
-    return f"recipe {name}, {epochs} epochs, seed {seed}, trained on {trained_on}"
+    plural = "" if epochs == "1" else "s"
+    return f"recipe {name}, {epochs} epoch{plural}, seed {seed}, trained on {trained_on}"
 
 
 def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:

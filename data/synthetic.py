@@ -8,7 +8,6 @@ colors of cats as well. Some images are degraded so much that no model can class
 correctly, as with photographs. Some training labels are wrong, as in the report's data.
 """
 
-import argparse
 import json
 import pickle
 from collections.abc import Callable
@@ -639,12 +638,10 @@ def prepare_by_hand(
     prepare: Callable[[Path, int], None], folder: Path, description: str | None
 ) -> None:
     """Prepare a data set with the seed and the folder that the options name."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=cli.natural_number, default=0, help="default: 0")
+    parser = cli.new_parser(description)
+    parser.add_argument("--seed", type=cli.natural_number, default="0", help="random seed")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=folder, help=f"default: {folder}"
+        "--out", type=Path, metavar="DIR", default=folder, help="folder to write to"
     )
     arguments = parser.parse_args()
     prepare(arguments.out, arguments.seed)

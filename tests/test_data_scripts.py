@@ -117,6 +117,11 @@ def test_script_takes_a_seed_and_a_folder(run_script, tmp_path):
     assert np.array_equal(loaded.images.numpy(), synthetic.draw_images(true, 6))
 
 
+def test_script_answers_a_wrong_option_in_one_line(run_script):
+    status, _, err = run_script(synthetic, "--seed", "x")
+    assert status == 2 and err.count("\n") == 1 and "--seed: 'x'" in err
+
+
 def test_script_answers_an_unwritable_folder_in_one_line(run_script, tmp_path):
     (tmp_path / "file").write_text("")
     status, _, err = run_script(synthetic, "--out", tmp_path / "file" / "inside")

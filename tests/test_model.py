@@ -22,7 +22,7 @@ from common.model import (
     save_checkpoint,
     with_pixel_range,
 )
-from common.recipes import BEST, RECIPES
+from common.recipes import BEST, PRE_TRAINED, RECIPES
 from data.pickles import read_torch_file
 
 import numpy as np
@@ -194,6 +194,8 @@ def test_a_checkpoint_rebuilds_its_model_alone(network, tmp_path):
     assert not found.bare
     expected = "recipe best, 30 epochs, seed 7, trained on synthetic"
     assert describe_checkpoint(found.metadata) == expected
+    once = metadata | {"recipe": asdict(PRE_TRAINED)}
+    assert describe_checkpoint(once) == "recipe pre_trained, 1 epoch, seed 7, trained on synthetic"
 
 
 def test_a_bare_checkpoint_is_read_in_the_range_that_it_is_said_to_have(tmp_path):
