@@ -245,7 +245,7 @@ def print_summaries(numbers: dict[str, Any]) -> None:
     cli.say(
         "\nIn brackets: 95% intervals. Success rate: over the images classified correctly without"
         "\nan attack. All else: over all images (the report's FGSM leaves out misclassified ones)."
-        "\nNoise that is the same for all images: mean of several seeds ± standard deviation. A"
+        "\nRandom noise and universal perturbations: mean of several seeds ± standard deviation. A"
         "\nuniversal perturbation that does not lower the balanced accuracy on train is set to 0."
     )
     for epsilon, comparison in numbers.get("comparison", {}).get("pgd", {}).items():
@@ -376,7 +376,7 @@ def draw_rows(title: str, rows: dict[str, list[Cell]], fooled: bool = True) -> F
     figure, axes = plots.new_figure(
         max(1, len(rows)), columns, width=1.35 * width + 0.5, height=1.7 * len(rows) + 1
     )
-    figure.suptitle(textwrap.fill(title, plots.LETTERS_PER_COLUMN * width), fontsize=11)
+    figure.suptitle(textwrap.fill(title, plots.CHARACTERS_PER_COLUMN * width), fontsize=11)
     for ax in axes:
         ax.set(xticks=[], yticks=[], frame_on=False)
     for row, (label, cells) in enumerate(rows.items()):
@@ -413,7 +413,7 @@ def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
                 for run in point.get("runs", []):
                     ax.plot(epsilon, run[score], ".", color=color, ms=3)
         ax.set(title=f"{name} model: {SCORE_TITLES[score]}", ylim=(-0.02, 1.02))
-        ax.set_xlabel("epsilon (dots: seeds of noise)")
+        ax.set_xlabel("epsilon (dots: single seeds)")
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure

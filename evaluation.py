@@ -69,7 +69,7 @@ MAX_ZIP_SIZE = 2**27  # bytes
 MAX_PER_ZIP = 10  # checkpoints
 SUFFIXES = (".ckpt", ".pt", ".pth")
 MAX_NAME_LENGTH = 60  # in tables and figures
-MAX_FILE_NAME = 40  # letters of a model's name in that of a file
+MAX_FILE_NAME = 40  # characters of a model's name in that of a file
 UNREAD_SHOWN = 10  # names of files that are not read
 
 
@@ -86,7 +86,7 @@ class Source:
 
 
 def find_sources(paths: Sequence[Path]) -> list[Source]:
-    """Return the checkpoints in files, folders and zip files; a path without any counts as one.
+    """Return the checkpoints in files, folders and zip files; a path without any is kept as it is.
 
     A file in a folder is named by its path in that folder; files whose names would be the same are
     named by their full paths.
@@ -157,7 +157,7 @@ def read_source(source: Source) -> bytes:
     """
     name, path = source.name, source.path
     if path.is_dir():
-        raise UserError(f"{name}: a folder without {', '.join(SUFFIXES)} and .zip files")
+        raise UserError(f"{name}: a folder without {', '.join(SUFFIXES)} or .zip files")
     if not path.is_file():
         raise UserError(f"{name}: no such file")
     if path.suffix.lower() == ".zip" and not source.member:
@@ -284,7 +284,9 @@ def print_scores(found: Evaluated, report: dict[str, float]) -> None:
     for key, (value, *ends) in found.table().items():
         theirs = [f"{report[key]:.2f}" if key in report else ""] if report else []
         rows.append([TITLES[key], *theirs, f"{value:.3f}", _format_interval(ends)])
-    cli.print_table(["", *(["report"] if report else []), "ours", "95% interval"], rows)
+    cli.print_table(
+        ["", *(["report"] if report else []), "ours" if report else "score", "95% interval"], rows
+    )
 
 
 def _format_interval(ends: Sequence[float], sign: str = "") -> str:
@@ -323,8 +325,8 @@ def describe_pixel_range(found: Evaluated) -> str:
         verdict = "is worse" if high < 0 else "makes no clear difference"
     return (
         f"{found.name} does not state its pixel range. Assumed: [-1, 1], as in the course, with "
-        f"G-mean {own['g_mean']:.3f} and accuracy {own['accuracy']:.3f}. [0, 1], with "
-        f"{other['g_mean']:.3f} and {other['accuracy']:.3f}, {verdict}."
+        f"G-mean {own['g_mean']:.3f} and accuracy {own['accuracy']:.3f}. With [0, 1], they are "
+        f"{other['g_mean']:.3f} and {other['accuracy']:.3f}, which {verdict}."
     )
 
 
@@ -375,7 +377,7 @@ def draw_calibration(dataset: Dataset, probabilities: Tensor) -> Figure:
     ax.set(xlim=(0.3, 1.02), ylim=(-0.05, 1.05))
     ax.set(xlabel="confidence (highest probability)", ylabel="fraction classified correctly")
     ece = metrics.expected_calibration_error(probabilities, dataset.labels)
-    title = f"Expected calibration error {ece:.3f}\n(numbers: images with such a confidence)"
+    title = f"Expected calibration error {ece:.3f}\n(numbers: images in each bin)"
     ax.set_title(title, fontsize=10)
     ax.legend(loc="lower right", fontsize=9)
     ax.grid(alpha=0.3)

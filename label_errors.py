@@ -201,7 +201,7 @@ def _encode_png(image: Tensor) -> str:
 
 
 def main() -> None:
-    """Find the labels that are probably wrong."""
+    """Find the labels that may be wrong."""
     arguments = cli.make_parser(__doc__).parse_args()
     device = choose_device(arguments.device)
     dataset = open_data(arguments.data).load("train", arguments.quick)

@@ -47,7 +47,7 @@ from markupsafe import Markup
 from PIL import Image
 
 MAX_STEP_SECONDS = 1e7
-SECONDS_FOR_CTRL_C = 2.0  # that a script has to stop by itself
+SECONDS_FOR_CTRL_C = 2.0  # that a script is given to stop by itself
 CODE = "common/*.py data/*.py models/*.ckpt"  # what the results of each step depend on
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
@@ -227,6 +227,7 @@ class Report:
         if self.arguments.full:
             found["best"] = self.compare("best/best", "recipes/tuned")
         found["near_duplicates"] = self.without_near_duplicates()
+        found["data"] = {key: self.data[key] for key in ("name", "splits")}  # its path is private
         cli.write_json(self.folder / "steps/comparisons.json", found)
 
     def compare(self, run: str, baseline: str) -> dict[str, Any]:
@@ -498,7 +499,7 @@ def hand_in_name(text: str) -> Path:
     """Parse the name of the file to hand in, whose folder must exist."""
     path = Path(text.removesuffix(".zip"))
     if path.name in ("", "..") or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: no such folder, or no name in it")
+        raise argparse.ArgumentTypeError(f"{text!r}: no such folder, or no file name after it")
     if path.name != path.name.encode(errors="replace").decode():
         raise argparse.ArgumentTypeError(f"{text!r}: a zip file can't have such a name")
     return path
@@ -519,7 +520,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--author", default="", metavar="NAME", help="whose work it is, for the page"
     )
-    cli.add_checkpoint_option(parser, "the model to hand in is tuned, or best with --full")
+    cli.add_checkpoint_option(parser, "tuned, or best with --full; it is the model to hand in")
     arguments = parser.parse_args()
     if arguments.pixel_range and not arguments.checkpoint:
         parser.error("--pixel-range goes with --checkpoint")

@@ -108,7 +108,7 @@ def train_recipes(
     dataset: Dataset,
     dev: Dataset,
 ) -> list[Trained]:
-    """Train each recipe with each seed, as many runs at once as there are cores."""
+    """Train each recipe with each seed, as many runs at once as the cores allow."""
     jobs, device = [], choose_device(arguments.device)
     for recipe in recipes:
         for number, seed in enumerate(arguments.seed):
@@ -193,8 +193,9 @@ def find_earlier(
             found = load_checkpoint(file)
             other = [key for key, value in metadata.items() if found.metadata.get(key) != value]
             if other:
+                described = " and ".join(other).replace("trained_on", "training set")
                 raise UserError(
-                    f"{file}: comes from a run with another {' and '.join(other)}; repeat that "
+                    f"{file}: comes from a run with another {described}; repeat that "
                     "run's command, or omit --resume to overwrite the file"
                 )
             try:
@@ -376,11 +377,14 @@ def read_settings(path: Path) -> Recipe:
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: has no settings found by tuning.py") from error
     for name, value in settings.items():
-        low, high = SETTING_BOUNDS.get(name, (1, 0))
+        if name not in SETTING_BOUNDS:
+            raise UserError(f"{path}: {cli.safe_repr(name)} is not a setting that can be changed")
+        low, high = SETTING_BOUNDS[name]
         kinds = (int,) if isinstance(low, int) else (int, float)
         if type(value) not in kinds or not low <= value <= high:
+            kind = "whole number" if kinds == (int,) else "number"
             raise UserError(
-                f"{path}: {cli.safe_repr(name)} is {cli.safe_repr(value)}, which is not allowed"
+                f"{path}: {name} is {cli.safe_repr(value)}, not a {kind} from {low:g} to {high:g}"
             )
     return replace(TUNED, name="found", **settings)
 

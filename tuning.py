@@ -13,6 +13,9 @@ All trials are kept in a database. Repeat the same command to resume a search th
 Several machines that name the same database share one search:
 
     python tuning.py --storage postgresql+psycopg://user@server/name
+
+To look at the trials in a browser, pip install optuna-dashboard:
+
     optuna-dashboard sqlite:///results/<data>/tuning.db
 """
 
@@ -146,7 +149,9 @@ def storage_errors(shown: str, *others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(f"--storage {shown}: its driver is not installed") from error
+        raise UserError(
+            f"--storage {shown}: its driver is not installed; for PostgreSQL, that is psycopg"
+        ) from error
     except (SQLAlchemyError, optuna.exceptions.OptunaError, *others) as error:
         raise UserError(
             f"--storage {shown}: not reachable, not Optuna's, or its disk is full"

@@ -90,7 +90,9 @@ def main() -> None:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--recipe", choices=RECIPES, default="tuned", help="whose ingredients")
     parser.add_argument("--runs", type=cli.positive_int, default=10, help="runs of each variant")
-    parser.add_argument("--epochs", type=cli.epoch_count, help="how many, not the recipe's own")
+    parser.add_argument(
+        "--epochs", type=cli.epoch_count, help="number of epochs, instead of the recipe's"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another variant to try"
     )

@@ -4,8 +4,8 @@ Images are float32 [B, 3, 32, 32] in [0, 1], before and after. The norm is L-inf
 any channel moves by more than epsilon, so 0.05 is 5% of full brightness, whatever range the
 model was trained on, since normalization is its first layer. Models are in eval mode.
 
-Gradients include test-time augmentation, if the model has it: with the gradient of a single view,
-attacks would be much weaker.
+The gradients of FGSM and PGD include test-time augmentation, if the model has it: with the gradient
+of a single view, they would be much weaker.
 """
 
 from collections.abc import Callable

@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 MAX_EPOCHS = 10_000
 MAX_JSON_SIZE = 2**25  # bytes
-MAX_FOLDER_NAME = 60  # letters; of four bytes each, 63 fill the longest possible name
+MAX_FOLDER_NAME = 60  # characters; of four bytes each, 63 fill the longest possible name
 FIGURE_DPI = 150
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
 OWNER = "data_folder.txt"  # in each results folder: the path of its data
@@ -62,7 +62,7 @@ def one_line(name: object) -> str:
 
 
 def say(text: str = "", error: bool = False) -> None:
-    """Print text, cleaned; a warning or an error to stderr, or nowhere if stderr fails."""
+    """Print cleaned text; an error or a note to stderr, or nowhere if that fails."""
     if not error:
         print(clean(text))
         return
@@ -170,7 +170,7 @@ def add_checkpoint_option(
 
 def add_labels_option(
     parser: argparse.ArgumentParser,
-    use: str = "label corrections of label_errors.py; the accepted ones are applied first",
+    use: str = "label corrections of label_errors.py; those accepted are applied before training",
 ) -> None:
     """Add --labels, a file of label corrections; `use` says what they are used for."""
     parser.add_argument("--labels", type=Path, metavar="FILE", help=use)
@@ -179,7 +179,7 @@ def add_labels_option(
 def natural_number(text: str) -> int:
     """Parse a whole number from 0 to MAX_SEED."""
     if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) > MAX_SEED:
-        message = f"{text[:20]!r} is not a whole number, or is above {MAX_SEED}"
+        message = f"{text[:20]!r} is not a whole number from 0 to {MAX_SEED}"
         raise argparse.ArgumentTypeError(message)
     return int(text)
 
@@ -258,7 +258,9 @@ def _prepare_process() -> None:
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         if hasattr(getattr(sys, name), "reconfigure"):  # not so in IDLE and Jupyter
-            getattr(sys, name).reconfigure(errors="replace")  # for characters it does not have
+            getattr(sys, name).reconfigure(
+                errors="replace"
+            )  # for characters that its encoding lacks
     parent = os.environ.get(PARENT, "")
     if parent.isdecimal() and os.name != "nt":  # on Windows, a process keeps its parent's id
         threading.Thread(target=_stop_with, args=[int(parent)], daemon=True).start()
@@ -292,7 +294,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'not readable'}") from error
     if len(content) > size:
-        raise UserError(f"{path}: still being written")
+        raise UserError(f"{path}: still being written; try again later")
     return content
 
 
@@ -429,7 +431,7 @@ class Results:
         line = clean(f"{quick}Data: {self.data['name']}{kind}, {', '.join(prints)}")
         line = line.replace("$", r"\$")  # a $ would start a formula
         figure.supxlabel(line, x=0.01, ha="left", fontsize=7, color="0.4")
-        with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
+        with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks
             self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=FIGURE_DPI))
             if not any(ax.images for ax in figure.axes):
                 self.save(f"{name}.svg", lambda path: figure.savefig(path, metadata={"Date": None}))

@@ -225,7 +225,8 @@ def _open_folder(path: Path) -> DataFolder:
     folder = DataFolder(name, path)
     if not any(folder.has(split) for split in SPLITS):
         raise UserError(
-            f"--data {path}: holds neither train.pickle or dev.pickle nor train/<class>/*.png"
+            f"--data {path}: holds neither pickles (train.pickle, dev.pickle) nor image files "
+            "(train/<class>/*.png, dev/<class>/*.png)"
         )
     for other in OTHER_SPLITS:
         if folder.has(other):
@@ -308,7 +309,7 @@ def read_image(path: Path, resize: bool = False) -> Tensor:
         with warnings.catch_warnings(action="ignore"), Image.open(content, formats=FORMATS) as file:
             width, height = file.size
             if resize and width * height > MAX_PIXELS:
-                raise UserError(f"{path}: is {width}x{height} pixels, too many")
+                raise UserError(f"{path}: is {width}x{height} pixels; the most is {MAX_PIXELS:,}")
             if not resize and file.size != (IMAGE_SIZE, IMAGE_SIZE):
                 needed = f"{IMAGE_SIZE}x{IMAGE_SIZE}"
                 raise UserError(f"{path}: is {width}x{height} pixels, it must be {needed}")
@@ -319,7 +320,7 @@ def read_image(path: Path, resize: bool = False) -> Tensor:
     except UserError:
         raise
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: too many pixels") from error
+        raise UserError(f"{path}: too many pixels; the most is {MAX_PIXELS:,}") from error
     except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error
         raise UserError(f"{path}: not a readable {', '.join(FORMATS)} image") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -422,7 +423,7 @@ def _shrink(images: Tensor) -> tuple[Tensor, Tensor]:
 def _standardize(images: Tensor) -> Tensor:
     """Return images with mean 0 and norm 1, independent of brightness and contrast.
 
-    Their dot products are correlations. An image of a single color becomes all zeros.
+    Their dot products are correlations. An image of a single gray becomes all zeros.
     """
     pixels = to_float(images)
     pixels = pixels - pixels.mean(dim=(1, 2, 3), keepdim=True)
@@ -452,7 +453,7 @@ ANSWERS |= dict.fromkeys(("no", "n", "false", "0"), False)
 
 @dataclass(frozen=True)
 class Correction:
-    """A label that is probably wrong.
+    """A label that may be wrong.
 
     Attributes:
         index: of the image in its split.
@@ -487,7 +488,7 @@ def apply_corrections(dataset: Dataset, corrections: Sequence[Correction]) -> Da
 def format_corrections(
     dataset: Dataset, corrections: Sequence[Correction], reviewed: bool = True
 ) -> str:
-    """Return the text of a CSV file of corrections; False marks it as not reviewed by a person."""
+    """Return the text of a CSV file of corrections, marked if no person has reviewed them."""
     name = " ".join(dataset.name.split())
     head = f"# labels of {name}, {dataset.split}, fingerprint {dataset.fingerprint}"
     mark = "" if reviewed else unreviewed_mark(corrections)
@@ -525,11 +526,12 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
     lines = [line for line in lines if line.strip(' ,;\t"') and not line.startswith("sep=")]
     found = find_fingerprint(lines[0] if lines else "")
     if not found:
-        raise UserError(f"{path}: its first line does not name the data that it belongs to")
+        raise UserError(f"{path}: its first line must be that of label_errors.py (# labels of ...)")
     if found != dataset.fingerprint:
         raise UserError(
             f"{path}: is for data with fingerprint {safe_repr(found)}; {dataset.name}, "
-            f"{dataset.split} has {dataset.fingerprint} (with --quick, that of its first images)"
+            f"{dataset.split} has {dataset.fingerprint} (with --quick, another one): run "
+            "label_errors.py on it"
         )
     rows = {}
     for row in _split_rows(path, lines[1:]):
@@ -565,13 +567,18 @@ def _parse_row(path: Path, row: list[str], dataset: Dataset) -> Correction:
             row_name = f"the row of index {safe_repr(index)}"
             raise UserError(f"{path}, {row_name}: {column} is {safe_repr(value)}, not {expected}")
 
-    classes = ", ".join(CLASS_NAMES)
+    classes = f"one of {', '.join(CLASS_NAMES)}"
     known = re.fullmatch(r"\d{1,9}", index, re.ASCII) and int(index) < len(dataset)
     check(known, "index", index, f"a number from 0 to {len(dataset) - 1}")
     check(given in CLASS_NAMES, "given", given, classes)
     check(suggested in CLASS_NAMES, "suggested", suggested, classes)
     decimal = r"(0?[.,]\d{1,20}|[01]([.,]0{1,20})?)"  # a comma in many countries
-    check(re.fullmatch(decimal, confidence, re.ASCII), "confidence", confidence, "from 0 to 1")
+    check(
+        re.fullmatch(decimal, confidence, re.ASCII),
+        "confidence",
+        confidence,
+        "a number from 0 to 1",
+    )
     check(accept in ANSWERS, "accept", accept, "yes or no")
     label = CLASS_NAMES[dataset.labels[int(index)]]
     check(given == label, "given", given, f"{label} as in this data")

@@ -1,6 +1,6 @@
 """Scores for imbalanced classes, their confidence intervals, and paired comparisons of models.
 
-All functions take NumPy arrays, torch tensors or lists, and return NumPy arrays or plain numbers.
+Labels, predictions and logits may be NumPy arrays, torch tensors or lists.
 """
 
 from collections.abc import Callable, Mapping
@@ -149,7 +149,7 @@ def intervals(confusion: np.ndarray) -> dict[str, np.ndarray]:
     recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
     values, draws = scores(confusion), combine_recalls(recalls)
     found = {score: _interval_around(draws[score], values[score]) for score in draws}
-    # A class without images has the score NaN, which widens nothing: nothing is known of it.
+    # A class without images makes a score NaN, which widens nothing: its recall may be anything.
     if (correct == 0).any():
         found["g_mean"][0] = 0.0
     if (correct == 0).all():
@@ -283,10 +283,10 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> f
 
 # ---- label noise ------------------------------------------------------------------------------
 
-# The label filter rejects labels that are wrong with a higher probability than this. That
-# rejects about as many as the models estimate to be wrong.
+# The label filter does not trust labels that are wrong with a higher probability than this: about
+# as many as the models estimate to be wrong.
 FILTER_THRESHOLD = 0.35
-CORRECTION_THRESHOLD = 0.6  # a rejected label is replaced by one that is more probable than this
+CORRECTION_THRESHOLD = 0.6  # an untrusted label is replaced by one more probable than this
 
 
 def label_posterior(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:

@@ -202,7 +202,7 @@ def build_model(
 ) -> Classifier:
     """Return a new model of a network in NETWORKS.
 
-    Its weights are stored channels last: a training step is 15% faster that way on a CPU.
+    Its weights are stored channels last: on a CPU, a training step of SmallVGG takes 17% less time.
     """
     model = NETWORKS[network](pixel_range, tta_flip, tta_shift)
     return model.to(memory_format=torch.channels_last)
@@ -370,9 +370,7 @@ def _check_weights(weights: dict[str, Any], model: Classifier, name: str) -> Non
         ours, theirs = (_shape_of(w[key]) if key in w else "missing" for w in (expected, weights))
         if ours != theirs:
             kind = type(model).__name__
-            raise UserError(
-                f"{name}: {cli.safe_repr(key)} is {theirs}, but {kind} has {ours}: not its weights"
-            )
+            raise UserError(f"{name}: weight {cli.safe_repr(key)}: {theirs} here, {ours} in {kind}")
     if not all(torch.isfinite(weight.float()).all() for weight in weights.values()):
         raise UserError(f"{name}: has weights that are NaN or infinite: its training diverged")
 

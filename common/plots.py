@@ -17,7 +17,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 CLASS_COLORS = PALETTE  # by label
 MARKERS = "os^Dv*XP"
 LINE_STYLES = ("-", "--", "-.", ":")
-LETTERS_PER_COLUMN = 13  # in an image grid's title
+CHARACTERS_PER_COLUMN = 13  # in an image grid's title
 
 
 def new_figure(
@@ -47,7 +47,7 @@ def image_grid(title: str, images: Tensor, captions: Sequence[str], columns: int
     rows = max(1, -(-len(images) // columns))
     columns = min(columns, max(4, len(images)))
     figure, axes = new_figure(rows, columns, width=1.25 * columns, height=1.45 * rows + 0.7)
-    figure.suptitle(textwrap.fill(title, LETTERS_PER_COLUMN * columns), fontsize=11)
+    figure.suptitle(textwrap.fill(title, CHARACTERS_PER_COLUMN * columns), fontsize=11)
     for ax in axes:
         ax.axis("off")
     for ax, image, caption in zip(axes, images, captions, strict=False):

@@ -13,7 +13,7 @@ class Recipe:
     batch_size: int = 128  # smaller batches take longer: an epoch has more steps
     optimizer: str = "adam"  # or muon
     learning_rate: float = 1e-3
-    weight_decay: float = 0.0  # adam: L2 penalty; muon: decoupled, of matrices
+    weight_decay: float = 0.0  # adam: L2 penalty; muon: decoupled, not of biases and norms
     schedule: str = "constant"  # step: times gamma after each step_size epochs; or warmup-cosine
     step_size: int = 10  # epochs
     gamma: float = 0.3
@@ -30,7 +30,7 @@ class Recipe:
     trades_beta: float = 0.0  # weight of the KL divergence in TRADES
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 for the last weights
     tta_flip: bool = False  # test-time augmentation: average over mirrored images
-    tta_shift: int = 0  # and over images shifted by so many pixels
+    tta_shift: int = 0  # and over images shifted by this many pixels
     threads: int = 1  # of the CPU; the last digits of the results depend on it
 
 
@@ -48,7 +48,7 @@ FINAL = replace(  # 3i
     WEIGHTED_SAMPLER, name="final", weight_decay=1e-4, learning_rate=2e-3, augment_from=5
 )
 
-# The model that the course handed out: it has seen so little that it predicts "car" for all.
+# Like the model that the course handed out: it has seen so little that it predicts "car" for all.
 PRE_TRAINED = replace(NAIVE, name="pre_trained", epochs=1, learning_rate=1e-4)
 
 # ---- beyond the report -----------------------------------------------------------------------
@@ -69,7 +69,7 @@ TUNED = replace(
     tta_flip=True,
     tta_shift=3,
 )
-# A larger network would memorize wrong labels, so the labels that these models reject are left out.
+# A larger network would memorize wrong labels: those that these models do not trust are left out.
 LABEL_FILTER = replace(TUNED, name="label-filter", logit_adjustment=1.0)
 # A second pass finds them more exactly: for label_errors.py and `best`.
 LABEL_ERRORS = replace(
@@ -98,7 +98,7 @@ BEST = replace(
     cutout=14,
     mixup=0.2,
     label_filter=LABEL_ERRORS,
-    correct_labels=True,  # a fifth to a quarter of the true cats are labeled as something else
+    correct_labels=True,  # on photographs, a fifth to a quarter of the cats are labeled otherwise
 )
 ROBUST = replace(
     TUNED,
@@ -131,7 +131,7 @@ REPORT_SCORES: dict[str, dict[str, float]] = {
 
 
 def with_epochs(recipe: Recipe, epochs: int | None, quick: bool) -> Recipe:
-    """Return the recipe with so many epochs; None leaves its own, or 2 if `quick`.
+    """Return the recipe with this many epochs; None leaves its own, or 2 if `quick`.
 
     The label filter keeps its own number of epochs, or 2 if `quick`.
     """

@@ -68,7 +68,8 @@ def prepare(folder: Path, seed: int = 0) -> None:
     """
     if not is_downloaded() and not is_reachable():
         raise cli.UserError(
-            f"--data cifar10: not in {DOWNLOAD_FOLDER} yet, and {URL} can't be reached"
+            f"--data cifar10: not in {DOWNLOAD_FOLDER} yet, and {URL} can't be reached; "
+            "--data synthetic needs no network"
         )
     cli.say(f"Preparing CIFAR-10 in {folder} (only once).")
     write_course_form(folder, {split: _cut(split, seed) for split in CLASS_COUNTS})

@@ -41,7 +41,7 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 CONSTANTS |= {"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}
 TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}  # None: down to the mark
 MAX_KEY = 2**31  # larger numbers can be chosen to have equal hashes, which would make dicts slow
-MAX_KEY_LENGTH = 2**16  # letters: long keys that are equal are slow to compare
+MAX_KEY_LENGTH = 2**16  # characters: long keys that are equal are slow to compare
 
 
 def _run_pickle(

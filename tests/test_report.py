@@ -518,7 +518,7 @@ def test_failing_script_ends_the_report_with_its_own_line(tmp_path, capfd, monke
     ("options", "message"),
     [
         (("--hand-in", "nowhere/mine"), "'nowhere/mine': no such folder"),
-        (("--hand-in", "course/.."), "'course/..': no such folder, or no name in it"),
+        (("--hand-in", "course/.."), "'course/..': no such folder, or no file name after it"),
         (("--hand-in", "caf\udce9"), "a zip file can't have such a name"),
         (("--labels", "nowhere.csv"), "nowhere.csv"),
         (("--checkpoint", "nowhere.ckpt"), "nowhere.ckpt: No such file"),

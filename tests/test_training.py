@@ -364,7 +364,7 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(run_trainin
     torch.save({"model_state_dict": build_model().state_dict()}, "out/naive.ckpt")
     status, _, error = run_training("--recipe", "naive", "--epochs", 1, "--resume")
     assert status == 2
-    assert "from a run with another recipe and seed and device and trained_on and dev" in error
+    assert "from a run with another recipe and seed and device and training set and dev" in error
 
 
 def assert_damaged(run, path, damages):
@@ -509,18 +509,18 @@ def best(**settings):
         ('{"best": ' * 50_000, "not a JSON file"),
         ("\udcff", "not a JSON file"),
         (f'{{"best": {{"settings": {{"cutout": {"9" * 5000}}}}}}}', "not a JSON file"),
-        (best(learning_rate=float("nan")), "'learning_rate' is nan"),
-        (best(learning_rate=float("inf")), "'learning_rate' is inf"),
-        (best(learning_rate=0), "'learning_rate' is 0"),
-        (best(learning_rate="0.1"), "'learning_rate' is '0.1'"),
-        (best(batch_size=0), "'batch_size' is 0"),
-        (best(batch_size=64.0), "'batch_size' is 64.0"),
-        (best(batch_size=True), "'batch_size' is True"),
-        (best(cutout=10**18), "'cutout' is a very large int"),
-        (best(cutout=[4]), "'cutout' is of type list"),
-        (best(epochs=10), "'epochs' is 10"),
+        (best(learning_rate=float("nan")), "learning_rate is nan, not a number from 1e-06 to 1"),
+        (best(learning_rate=float("inf")), "learning_rate is inf"),
+        (best(learning_rate=0), "learning_rate is 0"),
+        (best(learning_rate="0.1"), "learning_rate is '0.1'"),
+        (best(batch_size=0), "batch_size is 0, not a whole number from 1 to 4096"),
+        (best(batch_size=64.0), "batch_size is 64.0"),
+        (best(batch_size=True), "batch_size is True"),
+        (best(cutout=10**18), "cutout is a very large int"),
+        (best(cutout=[4]), "cutout is of type list"),
+        (best(epochs=10), "'epochs' is not a setting that can be changed"),
         (best(**{"\x1b[2J" * 10**6: 1}), "[2J"),
-        (best(color_jitter="x" * 10**6), "'color_jitter' is 'xxx"),
+        (best(color_jitter="x" * 10**6), "color_jitter is 'xxx"),
     ],
     ids=range(23),
 )
