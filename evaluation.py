@@ -284,9 +284,8 @@ def print_scores(found: Evaluated, report: dict[str, float]) -> None:
     for key, (value, *ends) in found.table().items():
         theirs = [f"{report[key]:.2f}" if key in report else ""] if report else []
         rows.append([TITLES[key], *theirs, f"{value:.3f}", _format_interval(ends)])
-    cli.print_table(
-        ["", *(["report"] if report else []), "ours" if report else "score", "95% interval"], rows
-    )
+    columns = ["report", "ours"] if report else ["score"]
+    cli.print_table(["", *columns, "95% interval"], rows)
 
 
 def _format_interval(ends: Sequence[float], sign: str = "") -> str:

@@ -258,9 +258,7 @@ def _prepare_process() -> None:
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         if hasattr(getattr(sys, name), "reconfigure"):  # not so in IDLE and Jupyter
-            getattr(sys, name).reconfigure(
-                errors="replace"
-            )  # for characters that its encoding lacks
+            getattr(sys, name).reconfigure(errors="replace")  # characters its encoding lacks
     parent = os.environ.get(PARENT, "")
     if parent.isdecimal() and os.name != "nt":  # on Windows, a process keeps its parent's id
         threading.Thread(target=_stop_with, args=[int(parent)], daemon=True).start()
