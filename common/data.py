@@ -573,12 +573,8 @@ def _parse_row(path: Path, row: list[str], dataset: Dataset) -> Correction:
     check(given in CLASS_NAMES, "given", given, classes)
     check(suggested in CLASS_NAMES, "suggested", suggested, classes)
     decimal = r"(0?[.,]\d{1,20}|[01]([.,]0{1,20})?)"  # a comma in many countries
-    check(
-        re.fullmatch(decimal, confidence, re.ASCII),
-        "confidence",
-        confidence,
-        "a number from 0 to 1",
-    )
+    is_decimal = re.fullmatch(decimal, confidence, re.ASCII)
+    check(is_decimal, "confidence", confidence, "a number from 0 to 1")
     check(accept in ANSWERS, "accept", accept, "yes or no")
     label = CLASS_NAMES[dataset.labels[int(index)]]
     check(given == label, "given", given, f"{label} as in this data")

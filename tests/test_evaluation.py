@@ -133,7 +133,8 @@ def test_bare_checkpoint_is_tried_in_both_pixel_ranges(run_script, dev_set):
     other = taken["other_range"]
     text = " ".join(printed.split())
     assert "Assumed: [-1, 1], as in the course, with G-mean 0.000 and accuracy 0.667." in text
-    assert f"[0, 1], they are {other['g_mean']:.3f} and 0.911, which is better: use --pix" in text
+    scores = f"{other['g_mean']:.3f} and 0.911"
+    assert f"With [0, 1], they are {scores}, which is better: use --pixel-range 0,1" in text
     assert other["comparison"]["difference"] == pytest.approx(other["g_mean"] - taken["g_mean"])
 
     _, printed, _ = run_script(evaluation, *options, "--pixel-range", "0,1")

@@ -14,6 +14,7 @@ import pytest
 FOLDERS = ("common", "data", "tests", "benchmarks")  # with code of ours, beside the scripts
 SCRIPTS = sorted(path.stem for path in PROJECT.glob("*.py"))
 CODE = [file for folder in (".", *FOLDERS) for file in sorted((PROJECT / folder).glob("*.py"))]
+DOCS = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
 TEXTS = [*(file for file in CODE if file != Path(__file__)), *PROJECT.glob("*.html")]
 
 MAY_IMPORT = {
@@ -119,9 +120,6 @@ def test_words_are_those_of_the_field(path):
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_no_path_of_one_machine_is_in_the_code(path):
     assert not PATHS.search(path.read_text(encoding="utf-8"))
-
-
-DOCS = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
