@@ -162,7 +162,12 @@ def attack_all(
 
 
 def choose_images(dataset: Dataset, count: int, seed: int) -> Dataset:
-    """Return about `count` random images: the same fraction of each class, at least one."""
+    """Return about `count` random images: the same fraction of each class, at least one.
+
+    If there are no more than `count`, all are returned.
+    """
+    if count >= len(dataset):
+        return dataset
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     members = [order[dataset.labels[order] == label] for label in range(len(CLASS_NAMES))]
     chosen = [own[: max(1, round(len(own) * count / len(dataset)))] for own in members]
@@ -469,6 +474,20 @@ def load(path: Path, pixel_range: tuple[float, float] | None) -> Checkpoint:
     return found
 
 
+def load_all(
+    paths: dict[str, Path], pixel_range: tuple[float, float] | None
+) -> dict[str, Checkpoint]:
+    """Read several checkpoints.
+
+    Raises:
+        UserError: a pixel range is given, but each of them has its own.
+    """
+    loaded = {name: load(path, pixel_range) for name, path in paths.items()}
+    if pixel_range and not any(each.bare for each in loaded.values()):
+        raise UserError("--pixel-range: each of these checkpoints has its own; omit the option")
+    return loaded
+
+
 def draw_all(
     results: Results, dev: Dataset, targets: dict[str, Target], summaries: dict[str, Any]
 ) -> None:
@@ -528,15 +547,12 @@ def main() -> None:
     paths = {"plain": find_plain(arguments, results, training_set)}
     if robust := find_robust(arguments, results, training_set, dev):
         paths["robust"] = robust
-    loaded = {name: load(path, arguments.pixel_range) for name, path in paths.items()}
-    if arguments.pixel_range and not any(each.bare for each in loaded.values()):
-        raise UserError("--pixel-range: each of these checkpoints has its own; omit the option")
+    loaded = load_all(paths, arguments.pixel_range)
     if training_set is None:
         cli.say("no training set to fit universal perturbations on: they are left out")
 
     count = arguments.images or count_affordable([each.model for each in loaded.values()], dev)
-    if count < len(dev):
-        dev = choose_images(dev, count, arguments.seed)
+    dev = choose_images(dev, count, arguments.seed)
     epsilons = sorted({f"{epsilon:g}": epsilon for epsilon in arguments.epsilons}.values())
     cli.say(f"attacking {len(dev)} dev images\n")
     targets = {}

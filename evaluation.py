@@ -696,6 +696,8 @@ def main() -> None:
         classify_files(arguments)
         return
     sources = find_sources(arguments.checkpoint or [PRE_TRAINED])
+    if len(sources) == 1:
+        read_source(sources[0])  # a wrong path is reported before any work
     dataset = open_data(arguments.data).load(arguments.split, arguments.quick)
     if len(sources) == 1:
         evaluate_one(sources[0], dataset, arguments)

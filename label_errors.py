@@ -200,6 +200,16 @@ def _encode_png(image: Tensor) -> str:
     return base64.b64encode(png.getvalue()).decode()
 
 
+def save_corrections(
+    results: Results, dataset: Dataset, corrections: Sequence[Correction], reviewed: bool
+) -> None:
+    """Write the table of corrections, the page to review them on, and a figure for each class."""
+    results.save_text(FILE, format_corrections(dataset, corrections, reviewed))
+    results.save_text("label_review.html", render_review(dataset, corrections))
+    for label, name in enumerate(CLASS_NAMES):
+        results.save_figure(f"label-errors-{name}", draw_sheet(dataset, corrections, label))
+
+
 def main() -> None:
     """Find the labels that may be wrong."""
     arguments = cli.make_parser(__doc__).parse_args()
@@ -218,10 +228,7 @@ def main() -> None:
     corrections = list(({each.index: each for each in found} | decided).values())
 
     summary = summarize(dataset, corrections, posterior)
-    results.save_text(FILE, format_corrections(dataset, corrections, bool(decided)))
-    results.save_text("label_review.html", render_review(dataset, corrections))
-    for label, name in enumerate(CLASS_NAMES):
-        results.save_figure(f"label-errors-{name}", draw_sheet(dataset, corrections, label))
+    save_corrections(results, dataset, corrections, reviewed=bool(decided))
     numbers = {
         "recipe": asdict(recipe),
         "chance_level": at_chance,

@@ -9,10 +9,12 @@ class-balanced sampling, and the loss is plotted by step. Then the learning-rate
 the rate rises with every step, and the loss shows which rates are useful.
 """
 
+import argparse
 import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from common import cli, plots
 from common.data import CLASS_NAMES, Dataset, describe, open_data, to_float
@@ -236,7 +238,7 @@ def analyze_rates(
 
 def analyze_range(
     recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, best: float | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Run the range test with a new model; return its entry in the JSON file."""
     torch.manual_seed(seed)
     losses = range_test(build_model(recipe.network).to(device), recipe, dataset, device)
@@ -251,8 +253,33 @@ def analyze_range(
     return numbers | {"explanation": explanation}
 
 
-def main() -> None:
-    """Compare learning rates, and search for one by a range test."""
+def summarize_rates(curves: Mapping[float, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return each rate's verdict and losses, for the JSON file."""
+    return {
+        f"{rate:.15g}": {
+            "verdict": verdict(rate, curves),
+            "diverged_at_step": divergence_step(runs),
+            "smoothed_losses": smooth(runs).mean(axis=0).tolist(),
+        }
+        for rate, runs in curves.items()
+    }
+
+
+def print_summary(by_rate: dict[str, dict[str, Any]], tested: dict[str, Any], epochs: int) -> None:
+    """Print what each rate does, and what the range test suggests."""
+    cli.say(f"{MODEL}, {epochs} epochs")
+    rows = [
+        [rate, f"{each['smoothed_losses'][-1]:.4g}", each["verdict"]]
+        for rate, each in by_rate.items()
+    ]
+    cli.print_table(["learning rate", "loss at the end", "verdict"], rows)
+    suggestion = tested["suggestion"]
+    words = f"learning rate {suggestion:.2g} is suggested" if suggestion else "no suggestion"
+    cli.say(f"\nrange test: {words}: {tested['explanation']}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
     parser = cli.make_parser(__doc__, several_seeds=True)
     parser.add_argument(
         "--rates",
@@ -264,7 +291,12 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=cli.epoch_count, help=f"at each rate (default: {RECIPE.epochs})"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Compare learning rates, and search for one by a range test."""
+    arguments = make_parser().parse_args()
     device = choose_device(arguments.device)
     dataset = open_data(arguments.data).load("train", arguments.quick)
     results = cli.Results(arguments, describe(dataset))
@@ -274,29 +306,14 @@ def main() -> None:
     curves = analyze_rates(rates, recipe, dataset, arguments.seed, device)
     best = best_rate(curves)
     tested = analyze_range(recipe, dataset, arguments.seed[0], device, best)
-    by_rate = {
-        f"{rate:.15g}": {
-            "verdict": verdict(rate, curves),
-            "diverged_at_step": divergence_step(runs),
-            "smoothed_losses": smooth(runs).mean(axis=0).tolist(),
-        }
-        for rate, runs in curves.items()
-    }
+
+    by_rate = summarize_rates(curves)
     numbers = {"model": MODEL, "recipe": asdict(recipe), "rates": by_rate, "range_test": tested}
     results.save_json("lr_analysis", numbers)
     results.save_figure("3-learning-rates", draw_losses(curves))
     figure = draw_range_test(tested["rates"], tested["losses"], tested["suggestion"], best)
     results.save_figure("3-range-test", figure)
-
-    cli.say(f"{MODEL}, {recipe.epochs} epochs")
-    rows = [
-        [rate, f"{each['smoothed_losses'][-1]:.4g}", each["verdict"]]
-        for rate, each in by_rate.items()
-    ]
-    cli.print_table(["learning rate", "loss at the end", "verdict"], rows)
-    suggestion = tested["suggestion"]
-    words = f"learning rate {suggestion:.2g} is suggested" if suggestion else "no suggestion"
-    cli.say(f"\nrange test: {words}: {tested['explanation']}")
+    print_summary(by_rate, tested, recipe.epochs)
     results.print_written()
 
 

@@ -19,6 +19,7 @@ To look at the trials in a browser, pip install optuna-dashboard:
     optuna-dashboard sqlite:///results/<data>/tuning.db
 """
 
+import argparse
 import functools
 import os
 import socket
@@ -109,12 +110,15 @@ def check(
     held_out: Dataset,
     seed: int,
     device: torch.device,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train both recipes on the images searched on; compare them on those held out.
 
     Returns:
         of each recipe `g_mean`, the mean, and `runs`, that of each seed; the paired `comparison`.
+        None if both are the same.
     """
+    if best == default:
+        return None
     seeds = range(seed, seed + SEEDS)
     jobs = [
         (recipe, searched, held_out.images, s, device) for recipe in (default, best) for s in seeds
@@ -328,8 +332,8 @@ def print_check(checked: dict[str, Any] | None) -> None:
 # ---- the script -------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """Search the settings of the recipe `tuned`, and check what was found."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
     parser = cli.make_parser(__doc__)
     parser.add_argument(
         "--trials", type=cli.positive_int, help=f"number of trials (default: {TRIALS})"
@@ -341,7 +345,12 @@ def main() -> None:
         metavar="URL",
         help="database of the trials (default: tuning.db in the results folder)",
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Search the settings of the recipe `tuned`, and check what was found."""
+    arguments = make_parser().parse_args()
     device, url, seed = choose_device(arguments.device), arguments.storage, arguments.seed
     arguments.storage = url and hide_password(url)  # as it appears in the results
     dataset = open_data(arguments.data).load("train", arguments.quick)
@@ -354,12 +363,12 @@ def main() -> None:
     def score(tried: Recipe) -> float:
         return g_mean(searched.labels, cross_val_logits(tried, searched, seed, device))
 
+    trials = arguments.trials or (3 if arguments.quick else TRIALS)
     database = arguments.storage or str(results.folder / "tuning.db")
     with storage_errors(database, Exception):  # a damaged one can fail in any way
         study = open_study(url, results.folder, study_name(recipe, dataset, seed))
         end_killed_trials(study)
     with storage_errors(database):
-        trials = arguments.trials or (3 if arguments.quick else TRIALS)
 
         def save() -> None:  # after each trial, so that intermediate results can be used
             results.save_json("tuning", numbers_of(study, recipe))
@@ -367,9 +376,7 @@ def main() -> None:
         search(study, recipe, trials, score, seed, save)
         numbers = numbers_of(study, recipe)
     best = replace(recipe, **numbers["best"]["settings"])
-    numbers["check"] = None
-    if best != recipe:
-        numbers["check"] = check(recipe, best, searched, held_out, seed, device)
+    numbers["check"] = check(recipe, best, searched, held_out, seed, device)
     results.save_json("tuning", numbers)
     results.save_figure("tuning", draw_search(numbers))
     print_trials(numbers["trials"])

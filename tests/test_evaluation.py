@@ -435,6 +435,11 @@ def test_ranking_ends_with_one_line_if_nothing_can_be_evaluated(run_script, dev_
     assert "none of 2 can be evaluated; a.ckpt: not a file of torch.save" in error
 
 
+def test_missing_checkpoint_is_reported_before_the_data_is_read(run_script):
+    status, _, error = run_script(evaluation, "--data", "nowhere", "--checkpoint", "typo.ckpt")
+    assert (status, error) == (2, "error: typo.ckpt: no such file\n")
+
+
 def test_a_pipe_among_the_hand_ins_costs_one_line(make_pipe, tmp_path, capsys):
     make_pipe(tmp_path / "eve.zip")
     assert evaluation.find_sources([tmp_path])[0].path == tmp_path

@@ -14,7 +14,7 @@ import pytest
 FOLDERS = ("common", "data", "tests", "benchmarks")  # with code of ours, beside the scripts
 SCRIPTS = sorted(path.stem for path in PROJECT.glob("*.py"))
 CODE = [file for folder in (".", *FOLDERS) for file in sorted((PROJECT / folder).glob("*.py"))]
-DOCS = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
+DOCS = [PROJECT / "README.md", PROJECT / "data/README.md", *sorted(PROJECT.glob("docs/*.md"))]
 TEXTS = [*(file for file in CODE if file != Path(__file__)), *PROJECT.glob("*.html")]
 
 MAY_IMPORT = {
