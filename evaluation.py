@@ -73,7 +73,7 @@ MAX_FILE_NAME = 40  # characters of a model's name in that of a file
 UNREAD_SHOWN = 10  # names of files that are not read
 
 
-# ---- checkpoints: in files, folders and zip files -----------------------------------------------
+# ---- one model ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,109 +83,6 @@ class Source:
     name: str
     path: Path
     member: str = ""
-
-
-def find_sources(paths: Sequence[Path]) -> list[Source]:
-    """Return the checkpoints in files, folders and zip files; a path without any is kept as it is.
-
-    A file in a folder is named by its path in that folder; files whose names would be the same are
-    named by their full paths.
-    """
-    names: dict[Path, str] = {}
-    for path in paths:
-        inside = set(path.rglob("*")) if path.is_dir() else set()
-        inside = {each for each in inside if not _is_hidden(each.relative_to(path))}
-        files = sorted(file for file in inside if file.is_file())
-        found = [file for file in files if file.suffix.lower() in (*SUFFIXES, ".zip")]
-        default = {path: path.absolute().name}
-        names |= {file: file.relative_to(path).as_posix() for file in found} or default
-        nonempty = {folder for each in inside for folder in each.parents}
-        _note_unread(path, sorted(inside - nonempty - set(found)))
-    same_name = Counter(names.values())
-    sources = []
-    for file, name in names.items():
-        name = name if same_name[name] == 1 else str(file)
-        members = _checkpoints_in_zip(file) if file.suffix.lower() == ".zip" else [""]
-        for member in members:
-            full_name = name if len(members) == 1 else f"{name}: {member}"
-            sources.append(Source(one_line(full_name), file, member))
-    return sources
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _note_unread(folder: Path, unread: list[Path]) -> None:
-    """Name the files in a folder that are not read, and its empty folders."""
-    if unread:
-        names = [one_line(each.relative_to(folder)) for each in unread]
-        text = _enumerate(names, UNREAD_SHOWN)
-        cli.say(f"note: skipped, neither a checkpoint nor a zip file: {text}", error=True)
-
-
-def _enumerate(names: Sequence[str], shown: int) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
-def _short(name: str) -> str:
-    """Return a name that fits into a table: of a long one, the start and the end."""
-    half = MAX_NAME_LENGTH // 2
-    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: half - 3]}...{name[-half:]}"
-
-
-def _checkpoints_in_zip(path: Path) -> list[str]:
-    """Return the checkpoint that report.py packed, else all; [""] for none or too many."""
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_ZIP_SIZE:
-            return [""]
-        with zipfile.ZipFile(path) as archive:
-            names = dict.fromkeys(archive.namelist())
-    except Exception:  # a broken or hostile file can fail in any way; read_source says so
-        return [""]
-    found = [n for n in names if n.lower().endswith(SUFFIXES) and n.rpartition("/")[2][0] != "."]
-    found = [n for n in found if f"/{n}".endswith("/report/model.ckpt")] or found
-    return found if 1 <= len(found) <= MAX_PER_ZIP else [""]
-
-
-def read_source(source: Source) -> bytes:
-    """Return the bytes of a checkpoint; nothing is written to disk.
-
-    Raises:
-        UserError: there is no checkpoint, or it is too large.
-    """
-    name, path = source.name, source.path
-    if path.is_dir():
-        raise UserError(f"{name}: a folder without {', '.join(SUFFIXES)} or .zip files")
-    if not path.is_file():
-        raise UserError(f"{name}: no such file")
-    if path.suffix.lower() == ".zip" and not source.member:
-        if path.stat().st_size > MAX_ZIP_SIZE or not zipfile.is_zipfile(path):
-            raise UserError(f"{name}: broken, too large, or not a zip file")
-        raise UserError(f"{name}: holds no checkpoint, or more than {MAX_PER_ZIP}")
-    try:
-        if source.member:
-            content = _read_member(path, source.member)
-        else:
-            with path.open("rb") as file:
-                content = file.read(MAX_CHECKPOINT_SIZE + 1)
-    except Exception as error:  # not permitted, cut short, encrypted, made to harm, ...
-        raise UserError(f"{name}: not readable") from error
-    if len(content) > MAX_CHECKPOINT_SIZE:
-        raise UserError(f"{name}: more than {MAX_CHECKPOINT_SIZE // 2**20} MB, too large")
-    return content
-
-
-def _read_member(path: Path, member: str) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError("a compression whose output can't be bounded while reading")
-        with archive.open(member) as file:
-            return file.read(MAX_CHECKPOINT_SIZE + 1)
-
-
-# ---- one model --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -383,7 +280,7 @@ def draw_calibration(dataset: Dataset, probabilities: Tensor) -> Figure:
     return figure
 
 
-# ---- several models ---------------------------------------------------------------------------
+# ---- several models -------------------------------------------------------------------------
 
 
 def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namespace) -> None:
@@ -596,7 +493,7 @@ def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
     return figure
 
 
-# ---- your own images -----------------------------------------------------------------------------
+# ---- your own images ------------------------------------------------------------------------
 
 
 def classify_files(arguments: argparse.Namespace) -> None:
@@ -664,6 +561,112 @@ def draw_images(found: list[dict[str, Any]], images: Tensor, maps: Tensor) -> Fi
     axes[1].set_title("saliency map\n(each scaled to its maximum)", fontsize=8)
     axes[2].set_title("probability", fontsize=8)
     return figure
+
+
+# ---- checkpoints: in files, folders and zip files -------------------------------------------
+
+
+def find_sources(paths: Sequence[Path]) -> list[Source]:
+    """Return the checkpoints in files, folders and zip files; a path without any is kept as it is.
+
+    A file in a folder is named by its path in that folder; files whose names would be the same are
+    named by their full paths.
+    """
+    names: dict[Path, str] = {}
+    for path in paths:
+        inside = set(path.rglob("*")) if path.is_dir() else set()
+        inside = {each for each in inside if not _is_hidden(each.relative_to(path))}
+        files = sorted(file for file in inside if file.is_file())
+        found = [file for file in files if file.suffix.lower() in (*SUFFIXES, ".zip")]
+        default = {path: path.absolute().name}
+        names |= {file: file.relative_to(path).as_posix() for file in found} or default
+        nonempty = {folder for each in inside for folder in each.parents}
+        _note_unread(path, sorted(inside - nonempty - set(found)))
+    same_name = Counter(names.values())
+    sources = []
+    for file, name in names.items():
+        name = name if same_name[name] == 1 else str(file)
+        members = _checkpoints_in_zip(file) if file.suffix.lower() == ".zip" else [""]
+        for member in members:
+            full_name = name if len(members) == 1 else f"{name}: {member}"
+            sources.append(Source(one_line(full_name), file, member))
+    return sources
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _note_unread(folder: Path, unread: list[Path]) -> None:
+    """Name the files in a folder that are not read, and its empty folders."""
+    if unread:
+        names = [one_line(each.relative_to(folder)) for each in unread]
+        text = _enumerate(names, UNREAD_SHOWN)
+        cli.say(f"note: skipped, neither a checkpoint nor a zip file: {text}", error=True)
+
+
+def _enumerate(names: Sequence[str], shown: int) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _short(name: str) -> str:
+    """Return a name that fits into a table: of a long one, the start and the end."""
+    half = MAX_NAME_LENGTH // 2
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: half - 3]}...{name[-half:]}"
+
+
+def _checkpoints_in_zip(path: Path) -> list[str]:
+    """Return the checkpoint that report.py packed, else all; [""] for none or too many."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_ZIP_SIZE:
+            return [""]
+        with zipfile.ZipFile(path) as archive:
+            names = dict.fromkeys(archive.namelist())
+    except Exception:  # a broken or hostile file can fail in any way; read_source says so
+        return [""]
+    found = [n for n in names if n.lower().endswith(SUFFIXES) and n.rpartition("/")[2][0] != "."]
+    found = [n for n in found if f"/{n}".endswith("/report/model.ckpt")] or found
+    return found if 1 <= len(found) <= MAX_PER_ZIP else [""]
+
+
+def read_source(source: Source) -> bytes:
+    """Return the bytes of a checkpoint; nothing is written to disk.
+
+    Raises:
+        UserError: there is no checkpoint, or it is too large.
+    """
+    name, path = source.name, source.path
+    if path.is_dir():
+        raise UserError(f"{name}: a folder without {', '.join(SUFFIXES)} or .zip files")
+    if not path.is_file():
+        raise UserError(f"{name}: no such file")
+    if path.suffix.lower() == ".zip" and not source.member:
+        if path.stat().st_size > MAX_ZIP_SIZE or not zipfile.is_zipfile(path):
+            raise UserError(f"{name}: broken, too large, or not a zip file")
+        raise UserError(f"{name}: holds no checkpoint, or more than {MAX_PER_ZIP}")
+    try:
+        if source.member:
+            content = _read_member(path, source.member)
+        else:
+            with path.open("rb") as file:
+                content = file.read(MAX_CHECKPOINT_SIZE + 1)
+    except Exception as error:  # not permitted, cut short, encrypted, made to harm, ...
+        raise UserError(f"{name}: not readable") from error
+    if len(content) > MAX_CHECKPOINT_SIZE:
+        raise UserError(f"{name}: more than {MAX_CHECKPOINT_SIZE // 2**20} MB, too large")
+    return content
+
+
+def _read_member(path: Path, member: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("a compression whose output can't be bounded while reading")
+        with archive.open(member) as file:
+            return file.read(MAX_CHECKPOINT_SIZE + 1)
+
+
+# ---- the script -----------------------------------------------------------------------------
 
 
 def main() -> None:

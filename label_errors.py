@@ -74,7 +74,7 @@ def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction
     return [Correction(*(column[i].item() for column in columns)) for i in order if flagged[i]]
 
 
-# ---- the user's decisions ---------------------------------------------------------------------
+# ---- the user's decisions -------------------------------------------------------------------
 
 
 def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
@@ -111,7 +111,7 @@ def _set_aside(path: Path, fingerprint: str) -> Path:
     return path.with_name(f"{path.stem}-{fingerprint}.csv")
 
 
-# ---- output -----------------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------------
 
 
 def summarize(

@@ -106,7 +106,7 @@ def verdict(rate: float, curves: Mapping[float, np.ndarray]) -> str:
     return f"too high: {fraction}" if rate > best else f"too low: converges too slowly, {fraction}"
 
 
-# ---- range test -------------------------------------------------------------------------------
+# ---- range test -----------------------------------------------------------------------------
 
 
 def range_test(
@@ -164,7 +164,7 @@ def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> tuple[float
     return float(rates[steepest]), "a new model's loss falls most steeply there"
 
 
-# ---- figures ----------------------------------------------------------------------------------
+# ---- figures --------------------------------------------------------------------------------
 
 
 def draw_losses(curves: Mapping[float, np.ndarray]) -> Figure:
@@ -224,7 +224,7 @@ def draw_range_test(
     return figure
 
 
-# ---- the script -------------------------------------------------------------------------------
+# ---- the script -----------------------------------------------------------------------------
 
 
 def analyze_rates(

@@ -77,7 +77,7 @@ SPACE = {
 }
 
 
-# ---- what the recipes are scored on -----------------------------------------------------------
+# ---- what the recipes are scored on ---------------------------------------------------------
 
 
 def split(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
@@ -131,7 +131,7 @@ def check(
     return {"default": own, "best": found, "comparison": comparison}
 
 
-# ---- the database of trials -------------------------------------------------------------------
+# ---- the database of trials -----------------------------------------------------------------
 
 
 def hide_password(url: str) -> str:
@@ -203,7 +203,7 @@ def end_killed_trials(study: optuna.Study) -> None:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-# ---- the search -------------------------------------------------------------------------------
+# ---- the search -----------------------------------------------------------------------------
 
 
 def search(
@@ -267,7 +267,7 @@ def numbers_of(study: optuna.Study, recipe: Recipe) -> dict[str, Any]:
     return {"recipe": asdict(recipe), "study": study.study_name, "trials": trials, "best": best}
 
 
-# ---- tables and figure ------------------------------------------------------------------------
+# ---- tables and figure ----------------------------------------------------------------------
 
 
 def draw_search(numbers: dict[str, Any]) -> Figure:
@@ -329,7 +329,7 @@ def print_check(checked: dict[str, Any] | None) -> None:
     )
 
 
-# ---- the script -------------------------------------------------------------------------------
+# ---- the script -----------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:

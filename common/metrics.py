@@ -116,7 +116,7 @@ def format_predictions(labels: ArrayLike, logits: ArrayLike) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- intervals of one model's scores ----------------------------------------------------------
+# ---- intervals of one model's scores --------------------------------------------------------
 
 
 def jeffreys_interval(successes: int, total: int) -> tuple[float, float]:
@@ -170,7 +170,7 @@ def _interval_around(draws: np.ndarray, value: float, tail: float = TAIL) -> np.
     return np.array([np.fmin(low, value), np.fmax(high, value)])
 
 
-# ---- is one model better than another? --------------------------------------------------------
+# ---- is one model better than another? ------------------------------------------------------
 
 
 def compare(
@@ -252,7 +252,7 @@ def describe_comparison(comparison: Mapping[str, Any]) -> str:
     return text
 
 
-# ---- calibration ------------------------------------------------------------------------------
+# ---- calibration ----------------------------------------------------------------------------
 
 
 def reliability(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, np.ndarray]:
@@ -281,7 +281,7 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> f
     return float(np.nansum(gaps) / table["count"].sum())
 
 
-# ---- label noise ------------------------------------------------------------------------------
+# ---- label noise ----------------------------------------------------------------------------
 
 # The label filter does not trust labels that are wrong with a higher probability than this: about
 # as many as the models estimate to be wrong.

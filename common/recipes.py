@@ -34,7 +34,7 @@ class Recipe:
     threads: int = 1  # of the CPU; the last digits of the results depend on it
 
 
-# ---- the report's steps: each recipe is an earlier one with little changed -------------------
+# ---- the report's steps: each recipe is an earlier one with little changed ------------------
 
 NAIVE = Recipe("naive")  # 3a
 WEIGHT_DECAY = replace(NAIVE, name="weight-decay", weight_decay=1e-4)  # 3b
@@ -51,7 +51,7 @@ FINAL = replace(  # 3i
 # Like the model that the course handed out: it has seen so little that it predicts "car" for all.
 PRE_TRAINED = replace(NAIVE, name="pre_trained", epochs=1, learning_rate=1e-4)
 
-# ---- beyond the report -----------------------------------------------------------------------
+# ---- beyond the report ----------------------------------------------------------------------
 
 # The course's network; docs/ablations.md shows what each ingredient contributes.
 TUNED = replace(

@@ -195,7 +195,7 @@ def compute_loss(
     return F.cross_entropy(logits + log_prior, targets) + recipe.trades_beta * divergence
 
 
-# ---- samplers: which images an epoch draws ----------------------------------------------------
+# ---- samplers: which images an epoch draws --------------------------------------------------
 
 
 def draw_indices(recipe: Recipe, labels: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def sampled_prior(recipe: Recipe, labels: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-# ---- augmentation, per image (torchvision's v2 transforms change a whole batch alike) ---------
+# ---- augmentation, per image (torchvision's v2 transforms change a whole batch alike) -------
 
 
 def augment(images: Tensor, recipe: Recipe, epoch: int) -> Tensor:

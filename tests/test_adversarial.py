@@ -42,7 +42,7 @@ def predicting(*runs):
     return Attacked(0.1, torch.zeros(logits.shape[1], 3, 32, 32), logits, noise)
 
 
-# ---- numbers ----------------------------------------------------------------------------------
+# ---- numbers --------------------------------------------------------------------------------
 
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
 BEFORE = torch.tensor([0, 0, 0, 1, 1, 1, 2, 0])  # 6 of 8 correct
@@ -86,7 +86,7 @@ def test_models_are_compared_on_the_same_images():
     assert comparison["difference"] == pytest.approx(0.5)
 
 
-# ---- attacks ----------------------------------------------------------------------------------
+# ---- attacks --------------------------------------------------------------------------------
 
 
 def test_attacks_keep_to_their_epsilon_and_pgd_gets_stronger_with_it(model, train, dev):
@@ -128,7 +128,7 @@ def test_more_expensive_models_are_attacked_on_fewer_images(dev):
     assert adversarial.count_affordable([build_model().eval()], dev) > 5000
 
 
-# ---- figures ----------------------------------------------------------------------------------
+# ---- figures --------------------------------------------------------------------------------
 
 
 def test_examples_are_fooled_images_with_the_classes_in_turn():
@@ -195,7 +195,7 @@ def test_figures_say_so_where_nothing_was_fooled(model, dev):
     assert "no image was fooled" in " ".join(figure.get_suptitle().split())
 
 
-# ---- the script -------------------------------------------------------------------------------
+# ---- the script -----------------------------------------------------------------------------
 
 
 def test_script_writes_scores_by_model_attack_and_epsilon(

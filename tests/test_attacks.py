@@ -65,7 +65,7 @@ def loss_on(model, images, labels):
     return nn.functional.cross_entropy(predict_logits(model, images), labels).item()
 
 
-# ---- FGSM and PGD -----------------------------------------------------------------------------
+# ---- FGSM and PGD ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.1, 1.0])
@@ -239,7 +239,7 @@ class SingleView(nn.Module):
         return self.model.single_view(images)
 
 
-# ---- losses and gradients ---------------------------------------------------------------------
+# ---- losses and gradients -------------------------------------------------------------------
 
 
 def test_clamped_loss_has_no_gradient_for_images_that_are_lost():
@@ -308,7 +308,7 @@ def test_attacks_leave_model_and_images_as_they_were(model, train, dev, images):
     assert all(weight.grad is None for weight in model.parameters())
 
 
-# ---- TRADES -----------------------------------------------------------------------------------
+# ---- TRADES ---------------------------------------------------------------------------------
 
 
 def test_trades_perturbation_goes_up_the_kl_divergence(images):
@@ -351,7 +351,7 @@ def test_trades_perturbation_is_made_in_eval_mode_and_leaves_no_trace(images, ne
     assert torch.equal(trades_perturbation(model, images, 0.1), attacked)  # no dropout
 
 
-# ---- the same noise for all images ------------------------------------------------------------
+# ---- the same noise for all images ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("to_next_label", [False, True])

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 
 
-# ---- what is printed --------------------------------------------------------------------------
+# ---- what is printed ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_table_aligns_names_left_and_numbers_right_and_is_cleaned(capsys):
     ]
 
 
-# ---- options ----------------------------------------------------------------------------------
+# ---- options --------------------------------------------------------------------------------
 
 
 def parse(*options, **settings):
@@ -166,7 +166,7 @@ def test_a_wrong_option_is_answered_with_the_way_to_help(options):
         parse(*options)
 
 
-# ---- how a script ends ------------------------------------------------------------------------
+# ---- how a script ends ----------------------------------------------------------------------
 
 
 def end_of(main, capsys):
@@ -313,7 +313,7 @@ def test_an_interrupt_during_the_imports_prints_no_traceback():
     assert done.returncode != 0
 
 
-# ---- files ------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -387,7 +387,7 @@ def test_a_pipe_is_not_read(make_pipe, tmp_path):
         cli.read_bytes(tmp_path / "pipe", 2**20)
 
 
-# ---- results ----------------------------------------------------------------------------------
+# ---- results --------------------------------------------------------------------------------
 
 DATA = {"name": "course", "splits": {"dev": {"fingerprint": "0123456789ab"}}}
 

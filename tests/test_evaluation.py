@@ -78,7 +78,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# ---- one checkpoint ---------------------------------------------------------------------------
+# ---- one checkpoint -------------------------------------------------------------------------
 
 
 def test_numbers_of_one_checkpoint(run_script, dev_set):
@@ -230,7 +230,7 @@ def test_most_confident_errors_come_first(dev):
     assert [caption.split("\n")[1] for caption in captions] == ["100%", "45%"]
 
 
-# ---- the ranking ------------------------------------------------------------------------------
+# ---- the ranking ----------------------------------------------------------------------------
 
 
 class Hostile:
@@ -471,7 +471,7 @@ def test_hand_ins_keep_their_names_and_what_is_not_read_is_named(tmp_path, capsy
     assert len({source.name for source in evaluation.find_sources([tmp_path, tmp_path])}) == 2
 
 
-# ---- images of one's own ------------------------------------------------------------------------
+# ---- images of one's own --------------------------------------------------------------------
 
 
 def test_image_files_of_any_size_are_classified(run_script):

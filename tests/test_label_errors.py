@@ -257,7 +257,7 @@ def test_the_script_trains_and_writes_a_table_that_can_be_applied(noisy, run_scr
     assert (tmp_path / "out/label-errors-cat.png").stat().st_size > 0
 
 
-# ---- the review page ----------------------------------------------------------------------------
+# ---- the review page ------------------------------------------------------------------------
 
 
 class Browser:

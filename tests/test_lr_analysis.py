@@ -94,7 +94,7 @@ def test_the_default_rates_are_those_of_the_report():
     assert lr_analysis.REPORT_RATES == (0.5, 0.05, 0.005, 0.0005, 0.00005)
 
 
-# ---- range test -------------------------------------------------------------------------------
+# ---- range test -----------------------------------------------------------------------------
 
 
 def test_tested_rates_are_evenly_spaced_in_log_with_both_ends():
@@ -259,7 +259,7 @@ def test_no_suggestion_from_shuffled_labels():
     assert "better than chance" in found[1][1]
 
 
-# ---- figures and script -----------------------------------------------------------------------
+# ---- figures and script ---------------------------------------------------------------------
 
 
 def test_figure_3_marks_each_diverged_rate_in_its_own_place():

@@ -62,7 +62,7 @@ def new_model(*arguments, **settings):
     return build_model(*arguments, **settings).eval()
 
 
-# ---- networks ---------------------------------------------------------------------------------
+# ---- networks -------------------------------------------------------------------------------
 
 
 def test_weights_load_in_the_courses_script_and_give_the_same_logits_on_its_pixels(tmp_path):
@@ -136,7 +136,7 @@ def test_test_time_augmentation_is_the_mean_over_shifted_and_mirrored_views(netw
         assert torch.equal(model.train()(pixels), plain.train()(pixels))
 
 
-# ---- prediction -------------------------------------------------------------------------------
+# ---- prediction -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -168,7 +168,7 @@ def test_device_that_is_not_there_is_named():
         choose_device("abacus")
 
 
-# ---- checkpoints that are taken ---------------------------------------------------------------
+# ---- checkpoints that are taken -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -277,7 +277,7 @@ def test_a_description_is_one_short_line_whatever_the_metadata_holds():
     assert len(text) < 300
 
 
-# ---- checkpoints that are refused -------------------------------------------------------------
+# ---- checkpoints that are refused -----------------------------------------------------------
 
 
 def refusal_of(content, path):
@@ -698,7 +698,7 @@ def test_autocast_is_used_on_cpus_with_bfloat16_instructions(
     assert isinstance(context, torch.autocast) == faster
 
 
-# ---- the shipped checkpoints ------------------------------------------------------------------
+# ---- the shipped checkpoints ----------------------------------------------------------------
 
 SHIPPED = ("pre_trained", "tuned", "best", "robust")
 MAX_SHIPPED_SIZE = 4_000_000  # bytes

@@ -32,7 +32,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
-# ---- scripts that leave the files of the real ones, but do no work -----------------------------
+# ---- scripts that leave the files of the real ones, but do no work --------------------------
 
 
 def predict(labels, seed):
@@ -187,7 +187,7 @@ def steps_that_ran(scripts):
     return [Path(call[call.index("--out") + 1]).name for call in scripts.calls]
 
 
-# ---- the page ----------------------------------------------------------------------------------
+# ---- the page -------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -309,7 +309,7 @@ def test_scores_without_near_duplicates_leave_those_images_out(make_report, tmp_
     assert found["others"]["accuracy"] == pytest.approx(right.float().mean().item())
 
 
-# ---- running again -----------------------------------------------------------------------------
+# ---- running again --------------------------------------------------------------------------
 
 
 def test_second_run_takes_all_from_the_first(make_report, scripts, tmp_path):
@@ -474,7 +474,7 @@ def test_broken_result_ends_with_one_line(make_report, tmp_path):
         path.write_bytes(whole)
 
 
-# ---- running at the same time, and failing -----------------------------------------------------
+# ---- running at the same time, and failing --------------------------------------------------
 
 
 def test_second_report_in_the_same_folder_is_refused(make_report, scripts, tmp_path):
@@ -534,7 +534,7 @@ def test_mistakes_are_told_before_any_work(options, message, make_report, script
     assert scripts.calls == []
 
 
-# ---- handing in --------------------------------------------------------------------------------
+# ---- handing in -----------------------------------------------------------------------------
 
 
 def test_zip_holds_all_that_is_needed_and_no_images(make_report, tmp_path):
@@ -578,7 +578,7 @@ def test_own_checkpoint_is_evaluated_and_packed(make_report, scripts, tmp_path):
     assert packed == (tmp_path / "mine.ckpt").read_bytes()
 
 
-# ---- the whole report, with the scripts themselves ---------------------------------------------
+# ---- the whole report, with the scripts themselves ------------------------------------------
 
 
 def command(*options):

@@ -84,7 +84,7 @@ def assert_equal_weights(model, other):
         assert torch.equal(weight, expected), name
 
 
-# ---- samplers ---------------------------------------------------------------------------------
+# ---- samplers -------------------------------------------------------------------------------
 
 
 def test_shuffle_draws_each_image_once_an_epoch():
@@ -156,7 +156,7 @@ def test_sampled_prior_by_hand(recipe, expected):
     assert prior.tolist() == pytest.approx(np.array(expected) / sum(expected))
 
 
-# ---- augmentation -----------------------------------------------------------------------------
+# ---- augmentation ---------------------------------------------------------------------------
 
 
 def test_flip_and_crop_takes_each_of_the_crops_of_a_padded_image_equally_often():
@@ -260,7 +260,7 @@ def test_augmentation_starts_in_the_epoch_that_the_recipe_names():
         assert same == (recipe == NAIVE)
 
 
-# ---- schedules and optimizers -----------------------------------------------------------------
+# ---- schedules and optimizers ---------------------------------------------------------------
 
 
 def rates_of(recipe, steps_per_epoch):
@@ -366,7 +366,7 @@ def test_the_optimizer_moves_every_weight_of_a_model(optimizer, kind):
     assert {id(weight) for weight in moved} == {id(weight) for weight in model.parameters()}
 
 
-# ---- the loss ---------------------------------------------------------------------------------
+# ---- the loss -------------------------------------------------------------------------------
 
 
 def batch_of(count):
@@ -465,7 +465,7 @@ def test_trades_loss_equals_its_formula_and_its_inner_step_leaves_batch_norm_alo
     assert model.training
 
 
-# ---- the loop ---------------------------------------------------------------------------------
+# ---- the loop -------------------------------------------------------------------------------
 
 
 def plain_loop(dataset, seed, epochs, batch_size):
@@ -613,7 +613,7 @@ def test_the_models_weights_are_the_average_that_the_recipe_asks_for():
     assert not torch.allclose(model.head.weight, weights[-1]["head.weight"], atol=1e-6)
 
 
-# ---- out of fold ------------------------------------------------------------------------------
+# ---- out of fold ----------------------------------------------------------------------------
 
 
 def test_each_image_is_predicted_once_by_a_model_that_saw_neither_it_nor_its_like(monkeypatch):
@@ -724,7 +724,7 @@ def test_corrected_labels_by_hand(monkeypatch):
         assert labels == [0, IGNORE_INDEX, changed, IGNORE_INDEX, 1]
 
 
-# ---- several processes ------------------------------------------------------------------------
+# ---- several processes ----------------------------------------------------------------------
 
 
 def divide(number, divisor):

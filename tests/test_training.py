@@ -82,7 +82,7 @@ def assert_scores(found, labels, predicted):
         assert found[name] == expected, name
 
 
-# ---- one recipe and several -------------------------------------------------------------------
+# ---- one recipe and several -----------------------------------------------------------------
 
 
 def test_a_run_leaves_a_model_a_figure_predictions_and_their_scores(
@@ -259,7 +259,7 @@ def test_a_summary_has_the_mean_and_the_standard_deviation_over_seeds(dev):
     assert summary["interval"] == metrics.evaluate(dev.labels, runs[0].predicted)["interval"]
 
 
-# ---- figures ----------------------------------------------------------------------------------
+# ---- figures --------------------------------------------------------------------------------
 
 
 def test_curves_show_the_mean_over_seeds_and_where_augmentation_starts(dev):
@@ -296,7 +296,7 @@ def test_comparison_shows_each_seed_the_interval_and_the_reports_score(dev):
     assert theirs.get_xdata().tolist() == [0.904]
 
 
-# ---- going on ---------------------------------------------------------------------------------
+# ---- going on -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -479,7 +479,7 @@ def test_runs_killed_at_any_moment_end_with_the_numbers_of_whole_ones(course_fol
     assert numbers[0] == numbers[1]
 
 
-# ---- settings and labels ----------------------------------------------------------------------
+# ---- settings and labels --------------------------------------------------------------------
 
 
 def test_settings_that_were_found_are_trained_as_a_recipe(run_training, no_figures):
@@ -561,7 +561,7 @@ def test_corrected_labels_are_trained_on_and_those_of_other_data_refused(
     assert error.count("\n") == 1
 
 
-# ---- options ----------------------------------------------------------------------------------
+# ---- options --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -582,7 +582,7 @@ def test_options_that_do_not_go_together_end_with_one_line(run_training, options
     assert not Path("out").exists()
 
 
-# ---- the report's lesson ----------------------------------------------------------------------
+# ---- the report's lesson --------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def settings_of(study):
     return [trial.params for trial in complete_trials(study)]
 
 
-# ---- search -----------------------------------------------------------------------------------
+# ---- search ---------------------------------------------------------------------------------
 
 
 def test_search_starts_from_the_recipe_and_gets_close_to_what_is_best(study):
@@ -202,7 +202,7 @@ def test_check_compares_both_recipes_on_the_images_left_aside(monkeypatch):
     assert comparison["runs"] == 3
 
 
-# ---- the script -------------------------------------------------------------------------------
+# ---- the script -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -366,7 +366,7 @@ def test_figure_marks_the_recipe_and_the_best(study):
         assert list(best.get_xdata()) == [numbers["best"]["settings"][name]]
 
 
-# ---- several machines -------------------------------------------------------------------------
+# ---- several machines -----------------------------------------------------------------------
 
 
 @pytest.fixture
