@@ -6,6 +6,7 @@ Contestants take turns in one process with one thread each, so that other load o
 affects all of them equally; the table shows medians over the rounds. Run it on an idle machine.
 """
 
+import os
 import statistics
 import sys
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says that it has no GPU
 
 from common import cli
 from common.data import Dataset, open_data, to_float
@@ -29,6 +32,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 CPU = torch.device("cpu")
+# Where an epoch's time goes, by the profiler's names of operations.
+OPERATIONS = {
+    "convolutions": ("aten::convolution", "aten::convolution_backward"),
+    "Muon": ("Optimizer.step#Muon.step",),
+    "max pooling": ("aten::max_pool2d_with_indices", "aten::max_pool2d_with_indices_backward"),
+}
 ROUNDS = 3
 REPORT_EPOCHS = 100
 REPORT_BATCH = 4  # assumed, as in PyTorch's tutorial: the report does not say
@@ -94,6 +103,15 @@ def fraction_of_peak(seconds: float, recipe: Recipe, dataset: Dataset) -> float:
     return flops / seconds / peak
 
 
+def fractions_of_time(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
+    """Return the fractions of a run's time that some operations take."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        train(recipe, dataset, 0, CPU)
+    events = profiler.key_averages()
+    total, times = events.self_cpu_time_total, {each.key: each.cpu_time_total for each in events}
+    return {part: sum(map(times.get, names)) / total for part, names in OPERATIONS.items()}
+
+
 def main() -> None:
     """Time all contestants in turn and print the ratios."""
     arguments = cli.make_parser(__doc__).parse_args()
@@ -129,6 +147,9 @@ def main() -> None:
     cli.print_table(["", "seconds", "times as fast"], rows)
     peak = fraction_of_peak(median["epoch"], TUNED, dataset)
     cli.say(f"An epoch of tuned computes at {peak:.0%} of the speed of a large matrix product.")
+    fractions = fractions_of_time(one_epoch, dataset)
+    parts = ", ".join(f"{part} {fraction:.0%}" for part, fraction in fractions.items())
+    cli.say(f"Of its time: {parts}.")
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> str:
