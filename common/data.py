@@ -9,18 +9,18 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from common.cli import PROJECT, UserError, one_line, read_bytes, read_json, safe_repr, say
+from data import cifar10, synthetic
 from data.pickles import read_course_pickle
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -81,7 +81,9 @@ class Dataset:
     @cached_property
     def duplicate_groups(self) -> Tensor:
         """A group number for each image, int64 [N]; near-duplicates share one."""
-        return duplicate_groups(self.images)
+        i, j, correlation = (values.numpy() for values in _correlated_pairs(self.images))
+        graph = coo_array((correlation, (i, j)), shape=(len(self), len(self)))
+        return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
 
     def subset(self, index: Tensor) -> "Dataset":
         """Return the images that an index, int64 or bool, selects."""
@@ -191,8 +193,6 @@ def open_data(name_or_path: str) -> DataFolder:
 
 
 def _open_first() -> DataFolder:
-    from data import cifar10
-
     if any(DataFolder("", DATA_FOLDER).has(split) for split in SPLITS):
         return _open_folder(DATA_FOLDER)
     if _is_prepared("cifar10") or cifar10.is_downloaded() or cifar10.is_reachable():
@@ -206,8 +206,6 @@ def _is_prepared(name: str) -> bool:
 
 
 def _open_prepared(name: str) -> DataFolder:
-    from data import cifar10, synthetic
-
     folder = DATA_FOLDER / name
     if not _is_prepared(name):
         {"cifar10": cifar10, "synthetic": synthetic}[name].prepare(folder)
@@ -264,8 +262,9 @@ def _read_image_folder(folder: Path) -> tuple[Tensor, Tensor]:
     """Return the images and labels of `folder/<class>/*`, in the order of the file names."""
     files, unread = _list_files(folder)
     known = ", ".join(CLASS_NAMES)
-    for name in sorted({file.parent.name for file in files} - set(CLASS_NAMES)):
-        raise UserError(f"{folder / name}: unknown class; the classes are {known}")
+    unknown = {file.parent.name for file in files} - set(CLASS_NAMES)
+    if unknown:
+        raise UserError(f"{folder / min(unknown)}: unknown class; the classes are {known}")
     if unread:
         names = ", ".join(one_line(file.relative_to(folder)) for file in unread[:NAMED_FILES])
         more = ", ..." if len(unread) > NAMED_FILES else ""
@@ -345,8 +344,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 DUPLICATE_CORRELATION = 0.9
 BLOCK = 2048  # images per side of a comparison, to limit memory
 MAX_PAIRS = 20_000
-COARSE = 4  # shrinking averages blocks of 4x4 pixels
-ROUNDING = 1e-4
 
 
 def near_duplicates(images: Tensor, others: Tensor | None = None) -> list[tuple[int, int, float]]:
@@ -366,58 +363,24 @@ def near_duplicates(images: Tensor, others: Tensor | None = None) -> list[tuple[
     return list(zip(i[order].tolist(), j[order].tolist(), values, strict=True))
 
 
-def duplicate_groups(images: Tensor) -> Tensor:
-    """Return a group number for each image, int64 [N]; near-duplicates share one."""
-    i, j, correlation = (values.numpy() for values in _correlated_pairs(images))
-    graph = coo_array((correlation, (i, j)), shape=(len(images), len(images)))
-    return torch.from_numpy(connected_components(graph, directed=False)[1]).long()
-
-
 def _correlated_pairs(
     images: Tensor, others: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return i, j and correlation, [pairs] each, of all near-duplicates."""
-    compared = images if others is None else others
-    found = [(torch.empty(0, dtype=torch.int64),) * 2 + (torch.empty(0),)]
-    for i, j in _candidate_pairs(images, others):
-        correlation = torch.empty(len(i))  # many small tensors would scatter over the memory
-        parts = (each.split(BLOCK) for each in (correlation, i, j))
-        for part, first, second in zip(*parts, strict=True):
-            part.copy_(_correlate(images[first], compared[second]))
-        alike = correlation >= DUPLICATE_CORRELATION
-        found.append((i[alike], j[alike], correlation[alike]))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-
-def _candidate_pairs(images: Tensor, others: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the few i and j that may be near-duplicates, block by block; none is missed.
-
-    Shrunk images are compared. What shrinking removes from two images adds at most the product of
-    its norms to their correlation (Cauchy-Schwarz). This is five times as fast as comparing all
-    pixels.
-    """
-    blocks = [_shrink(block) for block in images.split(BLOCK)]
-    other_blocks = blocks if others is None else [_shrink(block) for block in others.split(BLOCK)]
-    for row, (coarse, rest) in enumerate(blocks):
-        for column, (other_coarse, other_rest) in enumerate(other_blocks):
+    """Return i, j and correlation, [pairs] each, of all near-duplicates, block by block."""
+    found = []
+    for row, block in enumerate(images.split(BLOCK)):
+        first = _standardize(block)
+        for column, other in enumerate((images if others is None else others).split(BLOCK)):
             if others is None and column < row:
                 continue
-            direct, mirrored = (
-                x.flatten(1) @ other_coarse.flatten(1).T for x in (coarse, coarse.flip(-1))
-            )
-            bound = torch.maximum(direct, mirrored).addr_(rest, other_rest)
+            second = _standardize(other).flatten(1).T
+            direct, mirrored = (x.flatten(1) @ second for x in (first, first.flip(-1)))
+            correlation = torch.maximum(direct, mirrored)
             if others is None and column == row:
-                bound = bound.triu(diagonal=1)
-            i, j = torch.nonzero(bound >= DUPLICATE_CORRELATION - ROUNDING, as_tuple=True)
-            yield i + row * BLOCK, j + column * BLOCK
-
-
-def _shrink(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return standardized images, shrunk, [N, 3, 8, 8], and the norm of what shrinking removed."""
-    pixels = _standardize(images)
-    shrunk = F.avg_pool2d(pixels, COARSE) * COARSE
-    left = pixels.square().sum(dim=(1, 2, 3)) - shrunk.square().sum(dim=(1, 2, 3))
-    return shrunk, left.clamp_min(0).sqrt()
+                correlation = correlation.triu(diagonal=1)
+            i, j = torch.nonzero(correlation >= DUPLICATE_CORRELATION, as_tuple=True)
+            found.append((i + row * BLOCK, j + column * BLOCK, correlation[i, j]))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def _standardize(images: Tensor) -> Tensor:
@@ -428,13 +391,6 @@ def _standardize(images: Tensor) -> Tensor:
     pixels = to_float(images)
     pixels = pixels - pixels.mean(dim=(1, 2, 3), keepdim=True)
     return pixels / pixels.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-3)
-
-
-def _correlate(images: Tensor, others: Tensor) -> Tensor:
-    """Return the correlation of each image with its other, or with its mirror image, [N]."""
-    images, others = _standardize(images), _standardize(others)
-    direct, mirrored = ((x * others).sum(dim=(1, 2, 3)) for x in (images, images.flip(-1)))
-    return torch.maximum(direct, mirrored)
 
 
 # ---- label corrections ----------------------------------------------------------------------
@@ -489,7 +445,7 @@ def format_corrections(
     dataset: Dataset, corrections: Sequence[Correction], reviewed: bool = True
 ) -> str:
     """Return the text of a CSV file of corrections, marked if no person has reviewed them."""
-    name = " ".join(dataset.name.split())
+    name = one_line(dataset.name)
     head = f"# labels of {name}, {dataset.split}, fingerprint {dataset.fingerprint}"
     mark = "" if reviewed else unreviewed_mark(corrections)
     return f"{head}{mark}\n{','.join(COLUMNS)}\n{_format_rows(corrections)}"

@@ -15,8 +15,8 @@ from common.cli import UserError
 from common.data import (
     CLASS_NAMES,
     Correction,
+    Dataset,
     apply_corrections,
-    duplicate_groups,
     format_corrections,
     near_duplicates,
     open_data,
@@ -668,7 +668,7 @@ def test_neighbors_in_the_file_are_compared_too():
 def test_duplicate_groups_are_chains_of_near_duplicates():
     images = images_with_copies()
     images[29] = images[0]
-    groups = duplicate_groups(images)
+    groups = Dataset("x", "train", images, torch.zeros(len(images), dtype=int)).duplicate_groups
     expected = [{i} for i in range(len(images))]
     for i, j, _ in near_duplicates(images):
         union = expected[i] | expected[j]
