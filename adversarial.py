@@ -369,7 +369,7 @@ def describe_scale(attacked: Attacked) -> str:
     return "none found" if none else f"times {1 / (2 * attacked.epsilon):.3g}"
 
 
-def draw_rows(title: str, rows: dict[str, list[Cell]], fooled: bool = True) -> Figure:
+def draw_rows(title: str, rows: dict[str, list[Cell]], fooled: bool) -> Figure:
     """Return a figure of labeled rows of images and maps, each under its caption.
 
     Args:
@@ -440,6 +440,7 @@ def find_plain(
         recipe, device = with_epochs(FINAL, None, arguments.quick), choose_device(arguments.device)
         cli.say(f"training a model first: recipe {recipe.name}, {recipe.epochs} epochs")
         job = (recipe, training_set, arguments.seed, device)
+        # With parallel_map, which restores the number of threads that `train` sets.
         [model] = parallel_map(train, [job], device, recipe.name, recipe.threads)
         results.save(own.name, partial(save_checkpoint, model=model, metadata=describe_run(*job)))
     elif not is_trained_on(own, training_set):
@@ -466,23 +467,19 @@ def is_trained_on(path: Path, dataset: Dataset) -> bool:
     return isinstance(trained_on, dict) and trained_on.get("image_fingerprint") == images
 
 
-def load(path: Path, pixel_range: tuple[float, float] | None) -> Checkpoint:
-    """Read a checkpoint, and say what it is; the pixel range applies to bare ones only."""
-    found = load_checkpoint(path, pixel_range, alone=False)
-    note = f"; {ASSUMED_RANGE}" if found.bare and not pixel_range else ""
-    cli.say(f"{path}: {describe_checkpoint(found.metadata)}{note}")
-    return found
-
-
 def load_all(
     paths: dict[str, Path], pixel_range: tuple[float, float] | None
 ) -> dict[str, Checkpoint]:
-    """Read several checkpoints.
+    """Read checkpoints, and say what they are; the pixel range applies to bare ones only.
 
     Raises:
         UserError: a pixel range is given, but each of them has its own.
     """
-    loaded = {name: load(path, pixel_range) for name, path in paths.items()}
+    loaded = {}
+    for name, path in paths.items():
+        loaded[name] = found = load_checkpoint(path, pixel_range, alone=False)
+        note = f"; {ASSUMED_RANGE}" if found.bare and not pixel_range else ""
+        cli.say(f"{path}: {describe_checkpoint(found.metadata)}{note}")
     if pixel_range and not any(each.bare for each in loaded.values()):
         raise UserError("--pixel-range: each of these checkpoints has its own; omit the option")
     return loaded

@@ -114,8 +114,7 @@ class Evaluated:
 
 def load(source: Source, arguments: argparse.Namespace, alone: bool = True) -> Checkpoint:
     """Read a checkpoint, with the model on the device; --pixel-range is for bare ones."""
-    file = io.BytesIO(read_source(source))
-    found = load_checkpoint(file, arguments.pixel_range, source.name, alone)
+    found = load_checkpoint(read_source(source), arguments.pixel_range, source.name, alone)
     found.model.to(choose_device(arguments.device))
     return found
 
@@ -165,7 +164,7 @@ def evaluate_one(source: Source, dataset: Dataset, arguments: argparse.Namespace
     results.save_text("predictions.csv", metrics.format_predictions(dataset.labels, found.logits))
     results.save_figure("confusion", draw_confusion(found))
     results.save_figure("errors", draw_errors(dataset, probabilities))
-    results.save_figure("calibration", draw_calibration(dataset, probabilities))
+    results.save_figure("calibration", draw_calibration(dataset, probabilities, scores["ece"]))
 
     cli.say(f"{source.name}, {describe_checkpoint(found.metadata)}")
     cli.say(f"on {dataset.name}, {dataset.split}: {len(dataset)} images\n")
@@ -257,7 +256,7 @@ def draw_errors(dataset: Dataset, probabilities: Tensor) -> Figure:
     return plots.image_grid(title, dataset.images[worst], captions)
 
 
-def draw_calibration(dataset: Dataset, probabilities: Tensor) -> Figure:
+def draw_calibration(dataset: Dataset, probabilities: Tensor, ece: float) -> Figure:
     """Return a reliability diagram: accuracy by confidence."""
     table = metrics.reliability(probabilities, dataset.labels)
     x, y, counts = (table[key][table["count"] > 0] for key in ("confidence", "accuracy", "count"))
@@ -272,7 +271,6 @@ def draw_calibration(dataset: Dataset, probabilities: Tensor) -> Figure:
         )
     ax.set(xlim=(0.3, 1.02), ylim=(-0.05, 1.05))
     ax.set(xlabel="confidence (highest probability)", ylabel="fraction classified correctly")
-    ece = metrics.expected_calibration_error(probabilities, dataset.labels)
     title = f"Expected calibration error {ece:.3f}\n(numbers: images in each bin)"
     ax.set_title(title, fontsize=10)
     ax.legend(loc="lower right", fontsize=9)

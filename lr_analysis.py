@@ -202,7 +202,7 @@ def mark_divergence(ax: Axes, curves: Mapping[float, np.ndarray]) -> Axes:
 
 
 def draw_range_test(
-    rates: np.ndarray, losses: Sequence[float], suggestion: float | None, best: float | None
+    rates: Sequence[float], losses: Sequence[float], suggestion: float | None, best: float | None
 ) -> Figure:
     """Draw the range test: loss against rate, raw and smoothed, and the suggested rates."""
     figure, (ax,) = plots.new_figure(width=8.5, height=5)

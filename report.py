@@ -279,7 +279,7 @@ class Report:
         corrections = read_corrections(labels, self.train)
         accepted = sum(correction.accept for correction in corrections)
         return {
-            "author": " ".join(self.arguments.author.split()) or "not named",
+            "author": cli.one_line(self.arguments.author) or "not named",
             "model": f"{path.name}, {describe_checkpoint(metadata)}",
             "settings": ", ".join(
                 f"{key} {cli.safe_repr(value)}" for key, value in settings if value
@@ -430,16 +430,16 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.read: dict[str, Any] = {}
+        self.contents: dict[str, Any] = {}
         self.latest: Path | None = None  # the file that was asked for last
 
     def value(self, file: str, path: str = "") -> Any:
         """Return the value at a path of keys in a JSON file, such as recipes/training.json."""
         self.latest = self.folder / file
-        if file not in self.read:
+        if file not in self.contents:
             with step_file(self.latest):
-                self.read[file] = cli.read_json(self.latest)
-        found = self.read[file]
+                self.contents[file] = cli.read_json(self.latest)
+        found = self.contents[file]
         for key in filter(None, path.split("/")):
             found = found[int(key) if isinstance(found, list) else key]
         return found

@@ -124,7 +124,7 @@ def train_recipes(
             jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier))
     threads = max(recipe.threads for recipe in recipes)
     trained = list(parallel_map(train_run, jobs, device, "runs", threads))
-    results.written += [run.checkpoint for run in trained]
+    results.written += [run.checkpoint.name for run in trained]
     return trained
 
 

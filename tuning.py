@@ -131,78 +131,6 @@ def check(
     return {"default": own, "best": found, "comparison": comparison}
 
 
-# ---- the database of trials -----------------------------------------------------------------
-
-
-def hide_password(url: str) -> str:
-    """Return a database URL without its password.
-
-    Raises:
-        UserError: it is not a URL.
-    """
-    try:
-        return make_url(url).set(query={}).render_as_string(hide_password=True)
-    except (SQLAlchemyError, ValueError) as error:
-        example = "postgresql+psycopg://user@server/name"
-        raise UserError(f"--storage: not the URL of a database, such as {example}") from error
-
-
-@contextmanager
-def storage_errors(shown: str, *others: type[Exception]) -> Iterator[None]:
-    """Turn database errors, and others, into one line that names the database."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(
-            f"--storage {shown}: its driver is not installed; for PostgreSQL, that is psycopg"
-        ) from error
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, *others) as error:
-        raise UserError(
-            f"--storage {shown}: not reachable, not Optuna's, or its disk is full"
-        ) from error
-
-
-def open_study(url: str | None, folder: Path, name: str) -> optuna.Study:
-    """Return the study of that name with its trials so far; a new one if there is none.
-
-    Args:
-        url: of the database; None for a file in the folder.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    options: dict[str, Any] = {}
-    if url is None:  # a folder's name may contain characters special in URLs
-        url, path = "sqlite:///tuning.db", folder / "tuning.db"
-        connect = functools.partial(sqlite3.connect, path, timeout=60, check_same_thread=False)
-        options = {"creator": connect}
-    try:
-        storage = optuna.storages.RDBStorage(url, options)
-    except SQLAlchemyError:
-        time.sleep(1)  # another worker may have been creating the tables
-        storage = optuna.storages.RDBStorage(url, options)
-    return optuna.create_study(
-        storage=storage, study_name=name, direction="maximize", load_if_exists=True
-    )
-
-
-def study_name(recipe: Recipe, dataset: Dataset, seed: int) -> str:
-    """Return a name that changes with everything that a trial's score depends on."""
-    rest = zlib.crc32(repr((recipe, SPACE, PARTS, FOLDS)).encode())
-    return f"{recipe.name}-{dataset.fingerprint}-epochs{recipe.epochs}-seed{seed}-{rest:08x}"
-
-
-def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the completed trials in order."""
-    return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-
-
-def end_killed_trials(study: optuna.Study) -> None:
-    """Mark trials of this machine as failed if their process was killed."""
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        host, process = trial.user_attrs.get("worker", (None, None))
-        if host == socket.gethostname() and not psutil.pid_exists(process):
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-
 # ---- the search -----------------------------------------------------------------------------
 
 
@@ -327,6 +255,78 @@ def print_check(checked: dict[str, Any] | None) -> None:
         f"\nOn images that no trial has seen, {SEEDS} seeds: G-mean {best:.3f} with the best "
         f"settings, {own:.3f} with the recipe's own:\n{checked['comparison']['text']}"
     )
+
+
+# ---- the database of trials -----------------------------------------------------------------
+
+
+def hide_password(url: str) -> str:
+    """Return a database URL without its password.
+
+    Raises:
+        UserError: it is not a URL.
+    """
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except (SQLAlchemyError, ValueError) as error:
+        example = "postgresql+psycopg://user@server/name"
+        raise UserError(f"--storage: not the URL of a database, such as {example}") from error
+
+
+@contextmanager
+def storage_errors(shown: str, *others: type[Exception]) -> Iterator[None]:
+    """Turn database errors, and others, into one line that names the database."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"--storage {shown}: its driver is not installed; for PostgreSQL, that is psycopg"
+        ) from error
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, *others) as error:
+        raise UserError(
+            f"--storage {shown}: not reachable, not Optuna's, or its disk is full"
+        ) from error
+
+
+def open_study(url: str | None, folder: Path, name: str) -> optuna.Study:
+    """Return the study of that name with its trials so far; a new one if there is none.
+
+    Args:
+        url: of the database; None for a file in the folder.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    options: dict[str, Any] = {}
+    if url is None:  # a folder's name may contain characters special in URLs
+        url, path = "sqlite:///tuning.db", folder / "tuning.db"
+        connect = functools.partial(sqlite3.connect, path, timeout=60, check_same_thread=False)
+        options = {"creator": connect}
+    try:
+        storage = optuna.storages.RDBStorage(url, options)
+    except SQLAlchemyError:
+        time.sleep(1)  # another worker may have been creating the tables
+        storage = optuna.storages.RDBStorage(url, options)
+    return optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True
+    )
+
+
+def study_name(recipe: Recipe, dataset: Dataset, seed: int) -> str:
+    """Return a name that changes with everything that a trial's score depends on."""
+    rest = zlib.crc32(repr((recipe, SPACE, PARTS, FOLDS)).encode())
+    return f"{recipe.name}-{dataset.fingerprint}-epochs{recipe.epochs}-seed{seed}-{rest:08x}"
+
+
+def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the completed trials in order."""
+    return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+
+
+def end_killed_trials(study: optuna.Study) -> None:
+    """Mark trials of this machine as failed if their process was killed."""
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        host, process = trial.user_attrs.get("worker", (None, None))
+        if host == socket.gethostname() and not psutil.pid_exists(process):
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 # ---- the script -----------------------------------------------------------------------------

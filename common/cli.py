@@ -58,7 +58,7 @@ def safe_repr(value: object) -> str:
 
 def one_line(name: object) -> str:
     """Return a name from outside, such as that of a file, in one line."""
-    return " ".join(clean(str(name)).split())
+    return clean(" ".join(str(name).split()))
 
 
 def say(text: str = "", error: bool = False) -> None:
@@ -78,7 +78,6 @@ def say_stopped(text: str) -> None:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under their headers: the first column aligned left, the others right."""
-    rows = [[clean(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     for row in [headers, ["-" * width for width in widths], *rows]:
         cells = [row[0].ljust(widths[0])]
@@ -230,7 +229,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        say(f"error: {' '.join(str(error).split())}", error=True)
+        say(f"error: {one_line(error)}", error=True)
         _exit(2)
     except KeyboardInterrupt:
         say_stopped("stopped; files that were already written are complete")
@@ -384,7 +383,7 @@ class Results:
         self.folder = arguments.out or _free_folder(data["name"][:MAX_FOLDER_NAME] + quick, owner)
         self.settings = vars(arguments)
         self.data = {key: value for key, value in data.items() if key != "path"}  # it is private
-        self.written: list[Path] = []
+        self.written: list[str] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
@@ -399,19 +398,18 @@ class Results:
     def save(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write the file `name` atomically."""
         write_atomic(self.folder / name, write)
-        self.written.append(self.folder / name)
+        self.written.append(name)
 
     def save_text(self, name: str, text: str) -> None:
         """Write a text file."""
         write_text(self.folder / name, text)
-        self.written.append(self.folder / name)
+        self.written.append(name)
 
     def save_json(self, step: str, numbers: dict[str, Any]) -> None:
         """Write `<step>.json`: the numbers, and all that is needed to reproduce them."""
         origin = {"step": step, "data": self.data, "settings": self.settings}
-        path = self.folder / f"{step}.json"
-        write_json(path, origin | {"versions": versions()} | numbers)
-        self.written.append(path)
+        write_json(self.folder / f"{step}.json", origin | {"versions": versions()} | numbers)
+        self.written.append(f"{step}.json")
 
     def save_figure(self, name: str, figure: Any) -> None:
         """Write a matplotlib figure as `<name>.png`, with a line below that names its data.
@@ -436,7 +434,7 @@ class Results:
 
     def print_written(self) -> None:
         """Print the names of all written files."""
-        names = ", ".join(dict.fromkeys(path.name for path in self.written))
+        names = ", ".join(dict.fromkeys(self.written))
         lines = textwrap.fill(names, 98, break_on_hyphens=False)
         say(f"\nwritten to {self.folder}:\n{textwrap.indent(lines, '  ')}")
 

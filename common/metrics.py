@@ -36,7 +36,7 @@ def confusion_matrix(labels: ArrayLike, predicted: ArrayLike) -> np.ndarray:
 
 
 def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Return all scores of confusion matrices [..., C, C].
+    """Return all scores of a confusion matrix, [C, C].
 
     Recall is the fraction of a class's images that are classified correctly, NaN for a class
     without images. Precision is the fraction of a class's predictions that are correct, 0 for a
@@ -44,16 +44,14 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     geometric mean (Kubat and Matwin 1997; Sun, Kamel and Wang 2006): 0 if any of them is 0.
 
     Returns:
-        accuracy, balanced_accuracy, g_mean: [...] each; recall, precision: [..., C].
+        accuracy, balanced_accuracy and g_mean; recall and precision, [C] each.
     """
-    confusion = np.asarray(confusion)
-    correct = np.diagonal(confusion, axis1=-2, axis2=-1)
-    counts = confusion.sum(axis=-1)
+    correct, counts = np.diagonal(confusion), confusion.sum(axis=1)
     recall = np.where(counts > 0, correct / np.maximum(counts, 1), np.nan)
     return combine_recalls(recall) | {
-        "accuracy": correct.sum(axis=-1) / counts.sum(axis=-1),  # also where a recall is NaN
+        "accuracy": correct.sum() / counts.sum(),  # also where a recall is NaN
         "recall": recall,
-        "precision": correct / np.maximum(confusion.sum(axis=-2), 1),
+        "precision": correct / np.maximum(confusion.sum(axis=0), 1),
     }
 
 

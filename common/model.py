@@ -292,7 +292,7 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    file: Path | io.BytesIO,
+    file: Path | bytes,
     pixel_range: tuple[float, float] | None = None,
     name: str = "",
     alone: bool = True,
@@ -330,15 +330,14 @@ def describe_checkpoint(metadata: dict[str, Any]) -> str:
     if not isinstance(recipe, dict) or not isinstance(data, dict):
         return "of unknown training"
     values = (recipe.get("name"), recipe.get("epochs"), metadata.get("seed"), data.get("name"))
-    name, epochs, seed, trained_on = (" ".join(str(value)[:60].split()) for value in values)
+    name, epochs, seed, trained_on = (cli.one_line(str(value)[:60]) for value in values)
     plural = "" if epochs == "1" else "s"
     return f"recipe {name}, {epochs} epoch{plural}, seed {seed}, trained on {trained_on}"
 
 
-def _read(file: Path | io.BytesIO, name: str) -> dict[str, Any]:
+def _read(file: Path | bytes, name: str) -> dict[str, Any]:
     """Return the dict in a file of torch.save; nothing else is accepted."""
-    in_memory = isinstance(file, io.BytesIO)
-    raw = file.getvalue() if in_memory else cli.read_bytes(file, MAX_FILE_SIZE)
+    raw = file if isinstance(file, bytes) else cli.read_bytes(file, MAX_FILE_SIZE)
     try:
         content = read_torch_file(raw)
     except RefusedError as error:

@@ -61,7 +61,7 @@ def train(
     """
     torch.set_num_threads(recipe.threads)  # the order of floating-point sums depends on it
     torch.manual_seed(seed)
-    kept = dataset.subset(torch.nonzero(dataset.labels != IGNORE_INDEX).flatten())
+    kept = dataset.subset(dataset.labels != IGNORE_INDEX)
     images, labels = kept.images.to(device), kept.labels.to(device)
     order = draw_indices(recipe, kept.labels).to(device)
     run = Run(recipe, len(kept), device)
@@ -91,12 +91,28 @@ def train(
     return run.result
 
 
-def describe_run(
-    recipe: Recipe, dataset: Dataset, seed: int, device: torch.device
-) -> dict[str, Any]:
-    """Return a checkpoint's metadata about its training."""
-    trained_on = {"name": dataset.name, **dataset.metadata()}
-    return {"recipe": asdict(recipe), "seed": seed, "device": device.type, "trained_on": trained_on}
+def compute_loss(
+    model: nn.Module, images: Tensor, targets: Tensor, recipe: Recipe, log_prior: Tensor
+) -> Tensor:
+    """Return a batch's loss: cross-entropy of adjusted logits, and the TRADES term if any.
+
+    Args:
+        images: float in [0, 1], [B, 3, 32, 32].
+        targets: labels, int64 [B], or a probability of each class, float [B, C].
+        log_prior: added to the logits, [C]: logit adjustment (Menon et al., 2021). With tau = 1,
+            the model learns as if all classes were equally frequent.
+    """
+    if not recipe.epsilon:
+        with autocast(images.device):
+            logits = model(images).float()
+        return F.cross_entropy(logits + log_prior, targets)
+    attacked = trades_perturbation(model, images, recipe.epsilon)
+    with autocast(images.device):  # as one batch, so that batch norm sees both kinds of images
+        logits, attacked_logits = model(torch.cat([images, attacked])).float().chunk(2)
+    divergence = F.kl_div(
+        attacked_logits.log_softmax(dim=1), logits.softmax(dim=1), reduction="batchmean"
+    )
+    return F.cross_entropy(logits + log_prior, targets) + recipe.trades_beta * divergence
 
 
 class Run:
@@ -171,28 +187,12 @@ def same_layout(value: Any, example: Any) -> bool:
     return True
 
 
-def compute_loss(
-    model: nn.Module, images: Tensor, targets: Tensor, recipe: Recipe, log_prior: Tensor
-) -> Tensor:
-    """Return a batch's loss: cross-entropy of adjusted logits, and the TRADES term if any.
-
-    Args:
-        images: float in [0, 1], [B, 3, 32, 32].
-        targets: labels, int64 [B], or a probability of each class, float [B, C].
-        log_prior: added to the logits, [C]: logit adjustment (Menon et al., 2021). With tau = 1,
-            the model learns as if all classes were equally frequent.
-    """
-    if not recipe.epsilon:
-        with autocast(images.device):
-            logits = model(images).float()
-        return F.cross_entropy(logits + log_prior, targets)
-    attacked = trades_perturbation(model, images, recipe.epsilon)
-    with autocast(images.device):  # as one batch, so that batch norm sees both kinds of images
-        logits, attacked_logits = model(torch.cat([images, attacked])).float().chunk(2)
-    divergence = F.kl_div(
-        attacked_logits.log_softmax(dim=1), logits.softmax(dim=1), reduction="batchmean"
-    )
-    return F.cross_entropy(logits + log_prior, targets) + recipe.trades_beta * divergence
+def describe_run(
+    recipe: Recipe, dataset: Dataset, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Return a checkpoint's metadata about its training."""
+    trained_on = {"name": dataset.name, **dataset.metadata()}
+    return {"recipe": asdict(recipe), "seed": seed, "device": device.type, "trained_on": trained_on}
 
 
 # ---- samplers: which images an epoch draws --------------------------------------------------

@@ -173,7 +173,7 @@ class _Calls:
             case ("__builtin__" | "builtins", "set"), (list(content),):
                 return content
             case ("_codecs", "encode"), (str(text), "latin1"):  # bytes in protocols 0 to 2
-                return self._once(_encode, text)
+                return self._once(lambda text: text.encode("latin-1"), text)
             case ("numpy", "dtype"), (str(name), *_) if re.fullmatch("b1|[iuf][1248]", name):
                 return np.dtype(f"<{name}")
             case ("numpy._core.multiarray" | "numpy.core.multiarray", "scalar"), (
@@ -194,10 +194,6 @@ class _Calls:
 
 def _refused_name(module: str, name: str) -> RefusedError:
     return RefusedError(f"asks for {safe_repr(f'{module}.{name}')}, which is refused")
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("latin-1")
 
 
 def _read_storage(content: bytes) -> Tensor:

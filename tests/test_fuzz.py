@@ -148,7 +148,7 @@ def hand_ins(folder: Path) -> Kind:
 
     def use() -> None:
         for source in evaluation.find_sources([path]):
-            use_checkpoint(io.BytesIO(evaluation.read_source(source)), source.name)
+            use_checkpoint(evaluation.read_source(source), source.name)
 
     return Kind(path, [path.read_bytes()], FIELDS, use)
 
