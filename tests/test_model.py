@@ -136,6 +136,13 @@ def test_test_time_augmentation_is_the_mean_over_shifted_and_mirrored_views(netw
         assert torch.equal(model.train()(pixels), plain.train()(pixels))
 
 
+def test_weights_are_channels_last_but_not_on_a_mac(monkeypatch):
+    for is_mac in (False, True):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda is_mac=is_mac: is_mac)
+        weight = build_model("SmallVGG").stages[0][0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) != is_mac
+
+
 # ---- prediction -----------------------------------------------------------------------------
 
 
