@@ -308,8 +308,8 @@ def rank(models: list[Evaluated], dataset: Dataset, rank_by: str) -> list[Evalua
     """Return the models from best to worst, each compared with the best; ties share a rank.
 
     The best of many models owes its rank to luck, too. So the intervals are wider, the more models
-    there are (Bonferroni): if all are equally good, the probability that any is called worse is at
-    most 5%. Only one side of each interval matters here, which halves the correction.
+    there are (Bonferroni): the probability that the truly best model is called worse is at most 5%.
+    Only one side of each interval matters here, which halves the correction.
     """
     models = sorted(models, key=lambda model: _rounded(model, rank_by), reverse=True)
     values, best = [_rounded(model, rank_by) for model in models], models[0].predicted
@@ -417,7 +417,8 @@ def print_ranking(models: list[Evaluated], failed: list[tuple[str, str]], rank_b
         cli.say(f"{_short(name).ljust(max(len(row[0]) for row in rows))}  not evaluated: {reason}")
     cli.say(
         "\nIn brackets: 95% intervals; those of the differences are corrected for the number of"
-        "\nmodels (Bonferroni), as the best was chosen on these images. Last: recall of each class."
+        "\nmodels (Bonferroni): with a probability of 95%, the truly best model is the first one or"
+        "\ncannot be told apart from it. Last: recall of each class."
     )
 
 
