@@ -69,7 +69,12 @@ def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def divergence_step(losses: np.ndarray) -> int | None:
-    """Return the first step, from 1, at which one of the runs [runs, steps] has diverged."""
+    """Return the first step, from 1, at which one of the runs [runs, steps] has diverged.
+
+    None if none has, or if they have learned in the end all the same.
+    """
+    if final_loss(losses) < LEARNED_FRACTION * CHANCE_LOSS:
+        return None
     diverged = ~(smooth(losses) <= DIVERGENCE_FACTOR * CHANCE_LOSS).all(axis=0)  # also NaN
     return int(diverged.argmax()) + 1 if diverged.any() else None
 
@@ -96,7 +101,7 @@ def verdict(rate: float, curves: Mapping[float, np.ndarray]) -> str:
     if step:
         return f"too high: diverges at step {step}"
     if best is None:
-        return "stays at chance level; no rate here does better"
+        return "does not get below chance level; no rate here does"
     if rate == best:
         return "the best of these"
     reduction, most = (CHANCE_LOSS - final_loss(curves[each]) for each in (rate, best))

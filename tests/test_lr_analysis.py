@@ -73,10 +73,14 @@ def test_verdicts_in_words():
 
 def test_no_rate_is_best_where_none_learns_or_all_diverge():
     words = verdicts({0.5: [CHANCE_LOSS] * 20, 0.1: [float("nan")] * 20})
-    assert words[0.5] == "stays at chance level; no rate here does better"
+    assert words[0.5] == "does not get below chance level; no rate here does"
     assert words[0.1] == "too high: diverges at step 1"
-    leaps_then_learns = {0.5: [1.1, 1e6, *[0.1] * 200], 0.1: np.linspace(1.1, 0.5, 202)}
-    assert verdicts(leaps_then_learns)[0.1] == "the best of these"
+
+
+def test_a_rate_whose_loss_leaps_but_learns_in_the_end_has_not_diverged():
+    words = verdicts({0.5: [1.1, 1e6, *[0.1] * 300], 0.1: np.linspace(CHANCE_LOSS, 0.6, 302)})
+    assert words[0.5] == "the best of these"
+    assert words[0.1].startswith("too low: converges too slowly, 4")
 
 
 def test_the_best_rate_has_learned_a_twentieth_of_chance_level():
