@@ -144,7 +144,9 @@ def inspect_all(datasets: dict[str, Dataset]) -> tuple[dict[str, Any], list[Pair
     numbers, across = {"splits": splits}, []
     if len(datasets) == len(SPLITS):
         counts = [dataset.class_counts for dataset in datasets.values()]
-        numbers["class_fractions_p_value"] = float(chi2_contingency(counts).pvalue)
+        tested = chi2_contingency(counts)
+        enough = tested.expected_freq.min() >= MIN_EXPECTED
+        numbers["class_fractions_p_value"] = float(tested.pvalue) if enough else None
         across = find_pairs(datasets["dev"], datasets["train"])
     numbers["near_duplicates"] = [pair.metadata() for pair in across]
     return numbers, sum(within.values(), start=across)

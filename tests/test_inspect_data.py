@@ -68,6 +68,8 @@ def test_class_fractions_are_compared_by_the_chi_squared_test():
     statistic = ((table - expected) ** 2 / expected).sum()
     numbers, _ = inspectData.inspect_all(datasets)
     assert numbers["class_fractions_p_value"] == pytest.approx(chi2.sf(statistic, df=2))
+    datasets["dev"] = make_dataset("dev", (5, 3, 1))  # too few images for the test to hold
+    assert inspectData.inspect_all(datasets)[0]["class_fractions_p_value"] is None
 
 
 def test_bars_show_counts_and_percentages(train):
