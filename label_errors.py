@@ -28,6 +28,7 @@ from common.data import (
     near_duplicates,
     open_data,
     read_corrections,
+    read_lines,
     unreviewed_mark,
 )
 from common.model import choose_device
@@ -86,7 +87,7 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
         UserError: the file is broken.
     """
     if path.exists():
-        found = find_fingerprint(_first_line(path))
+        found = find_fingerprint(_first_line(path, dataset))
         if found and found != dataset.fingerprint:
             other = _set_aside(path, found)
             path.replace(other)
@@ -97,14 +98,13 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
     if not path.exists():
         return {}
     corrections = read_corrections(path, dataset)
-    if unreviewed_mark(corrections) in _first_line(path):
+    if unreviewed_mark(corrections) in _first_line(path, dataset):
         return {}
     return {correction.index: correction for correction in corrections}
 
 
-def _first_line(path: Path) -> str:
-    with path.open(errors="replace") as file:
-        return file.readline(1000)
+def _first_line(path: Path, dataset: Dataset) -> str:
+    return next(iter(read_lines(path, dataset)), "")
 
 
 def _set_aside(path: Path, fingerprint: str) -> Path:

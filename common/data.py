@@ -21,6 +21,7 @@ from data.pickles import read_course_pickle
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -208,7 +209,9 @@ def _is_prepared(name: str) -> bool:
 def _open_prepared(name: str) -> DataFolder:
     folder = DATA_FOLDER / name
     if not _is_prepared(name):
-        {"cifar10": cifar10, "synthetic": synthetic}[name].prepare(folder)
+        with FileLock(DATA_FOLDER / f".{name}.lock"):  # two scripts may be started at once
+            if not _is_prepared(name):
+                {"cifar10": cifar10, "synthetic": synthetic}[name].prepare(folder)
     return DataFolder(name, folder)
 
 
@@ -470,16 +473,25 @@ def find_fingerprint(first_line: str) -> str | None:
     return found[1] if found else None
 
 
-def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
-    """Read a CSV file of corrections, also as spreadsheets save it.
+def read_lines(path: Path, dataset: Dataset) -> list[str]:
+    """Return the lines of a file of corrections that hold anything, also as spreadsheets save it.
 
     Raises:
-        UserError: there is no such file, it is broken, or it was made for other data.
+        UserError: it can't be read.
     """
     content = read_bytes(path, 2**20 + MAX_ROW_SIZE * len(dataset))
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     lines = content.decode(encoding, errors="replace").splitlines()
-    lines = [line for line in lines if line.strip(' ,;\t"') and not line.startswith("sep=")]
+    return [line for line in lines if line.strip(' ,;\t"') and not line.startswith("sep=")]
+
+
+def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
+    """Read a CSV file of corrections.
+
+    Raises:
+        UserError: there is no such file, it is broken, or it was made for other data.
+    """
+    lines = read_lines(path, dataset)
     found = find_fingerprint(lines[0] if lines else "")
     if not found:
         raise UserError(f"{path}: its first line must be that of label_errors.py (# labels of ...)")

@@ -77,6 +77,26 @@ def test_synthetic_is_prepared_once_with_its_true_labels(data_folder, monkeypatc
     }
 
 
+def test_two_scripts_that_start_at_once_prepare_once(data_folder, monkeypatch):
+    begun, prepared = threading.Event(), []
+
+    def prepare(folder):
+        begun.set()
+        prepared.append(folder)
+        time.sleep(0.3)
+        folder.mkdir()
+        for split in ("train", "dev"):
+            (folder / f"{split}.pickle").touch()
+
+    monkeypatch.setattr(synthetic, "prepare", prepare)
+    first = threading.Thread(target=open_data, args=["synthetic"])
+    first.start()
+    begun.wait()
+    assert open_data("synthetic").has("train")
+    first.join()
+    assert len(prepared) == 1
+
+
 def test_images_are_written_without_loss(tmp_path, train):
     images, labels = train.images.numpy(), train.labels.numpy()
     synthetic.write_course_form(tmp_path, {"train": (images, labels, labels)})

@@ -131,6 +131,8 @@ def test_a_table_that_nobody_has_edited_holds_no_decisions(noisy, models, run_sc
     assert 5 not in [each.index for each in read_corrections(path, train)]
     assert json.loads((tmp_path / "out/label_errors.json").read_text())["reviewed"] == 0
     first = path.read_text()
+    path.write_text(first, encoding="utf-16")  # as spreadsheets save "Unicode text"
+    assert label_errors.read_decisions(path, train) == {}
     path.write_text(first.replace("yes", "no", 1))  # a person's edit
     assert len(label_errors.read_decisions(path, train)) == 3
     status, printed, _ = run_script(label_errors, *options)
