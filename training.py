@@ -310,7 +310,8 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
         plots.plot_runs(axes[2], epochs, recall, name, color, style)
     tta = recipe["tta_flip"] or recipe["tta_shift"]
     where = "dev,\nwithout test-time augmentation" if tta else "dev"
-    texts = ("cross-entropy, mean of the epoch", f"score on {where}", f"recall on {where}")
+    loss = "TRADES loss" if recipe["epsilon"] else "cross-entropy"
+    texts = (f"{loss}, mean of the epoch", f"score on {where}", f"recall on {where}")
     for ax, text in zip(axes, texts, strict=True):
         ax.set(xlabel="epoch", ylabel=text)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3, frameon=False)

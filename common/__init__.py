@@ -14,8 +14,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # to the kernel in between; keeping it makes an epoch take a fifth less time.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers from malloc.h
 if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    # Versions before 2.35 refuse more than 2**25.
+    libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def _quiet_interrupt(

@@ -31,6 +31,7 @@ from tqdm import tqdm
 IGNORE_INDEX = -1  # in place of a label that is not to be learned
 WARMUP = 0.1  # fraction of a run in which warmup-cosine raises the learning rate
 MAX_SHIFT = 4  # pixels that a random crop moves an image by, at most
+MAX_WORKERS = 61  # processes: Windows can't wait for more
 FOLDS = 4  # an even number: two cores train them in pairs
 
 # ---- the loop -------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def sampled_prior(recipe: Recipe, labels: Tensor) -> Tensor:
     """Return the fraction of each class among the images that the sampler draws, [C]."""
     counts = torch.bincount(labels, minlength=len(CLASS_NAMES)).float()
     exponent = {"shuffle": 1.0, "balanced": 0.0, "weighted": recipe.sampling_exponent}
-    weights = counts ** exponent[recipe.sampler]
+    weights = (counts > 0) * counts ** exponent[recipe.sampler]
     return weights / weights.sum()
 
 
@@ -488,7 +489,8 @@ def parallel_map(
             other processes are busy.
     """
     # On a GPU, one job after the other.
-    workers = min(len(jobs), _core_count() // threads) if device.type == "cpu" else 1
+    most = min(len(jobs), _core_count() // threads, MAX_WORKERS)
+    workers = most if device.type == "cpu" else 1
     hidden = in_worker() or len(jobs) == 1 or None  # None: shown on a terminal only
     progress_bar = partial(tqdm, total=len(jobs), desc=description, leave=False, disable=hidden)
     if workers <= 1 or in_worker():  # in a worker, the cores are in use

@@ -156,6 +156,10 @@ def test_sampled_prior_by_hand(recipe, expected):
     assert prior.tolist() == pytest.approx(np.array(expected) / sum(expected))
 
 
+def test_a_class_without_images_is_never_expected():
+    assert sampled_prior(BALANCED, labels_of(5, 3, 0)).tolist() == [0.5, 0.5, 0]
+
+
 # ---- augmentation ---------------------------------------------------------------------------
 
 
