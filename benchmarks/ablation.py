@@ -107,14 +107,19 @@ def main() -> None:
     )
     folds = choose_folds(dataset, flagged, arguments.runs, arguments.seed)
     parts = [dataset.subset(inside) for inside, _ in folds]
-    filtered = parts
-    if variants["all"].label_filter:
-        filters = [(variants["all"], part, seed, device) for seed, part in enumerate(parts)]
-        filtered = list(parallel_map(filter_labels, filters, device, "label filters"))
+    filtered = {}  # by what the labels depend on
+    for variant in variants.values():
+        labels = variant.label_filter, variant.correct_labels
+        filtered.setdefault(labels, parts)
+        if variant.label_filter and filtered[labels] is parts:
+            filters = [(variant, part, seed, device) for seed, part in enumerate(parts)]
+            filtered[labels] = list(parallel_map(filter_labels, filters, device, "label filters"))
     jobs = [
-        (variant, kept if variant.label_filter else part, dataset.images[outside], seed, device)
+        (variant, part, dataset.images[outside], seed, device)
         for variant in variants.values()
-        for seed, (part, kept, (_, outside)) in enumerate(zip(parts, filtered, folds, strict=True))
+        for seed, (part, (_, outside)) in enumerate(
+            zip(filtered[variant.label_filter, variant.correct_labels], folds, strict=True)
+        )
     ]
     outcomes = parallel_map(train_and_predict, jobs, device, "runs")
     predicted = [logits.argmax(dim=1) for logits in outcomes]
@@ -136,7 +141,8 @@ def print_scores(variants: dict[str, Recipe], scores: np.ndarray) -> None:
         contribution = "" if name == "all" else f"{gain.mean():+.3f} ± {error:.3f}"
         rows.append([name, f"{row.mean():.3f} ± {row.std(ddof=1):.3f}", contribution])
     recipe = variants["all"]
-    cli.say(f"recipe {recipe.name}, {recipe.epochs} epochs, {scores.shape[1]} runs each")
+    counts = f"epochs: {recipe.epochs}; runs of each variant: {scores.shape[1]}"
+    cli.say(f"recipe {recipe.name}; {counts}")
     cli.print_table(["", "G-mean, mean ± sd", "contribution ± standard error"], rows)
 
 
