@@ -157,13 +157,10 @@ class Report:
         """Return the command-line options for a step's script."""
         arguments = self.arguments
         seeds = arguments.seed if step.all_seeds else arguments.seed[:1]
-        named = step.command.split()[1:]
-        options = [
-            to_argument(each.format_map(self.paths)) if "{" in each else each for each in named
-        ]
-        options += ["--data", to_argument(self.data_option), "--device", arguments.device]
+        options = [each.format_map(self.paths) for each in step.command.split()[1:]]
+        options += ["--data", self.data_option, "--device", arguments.device]
         options += ["--seed", ",".join(map(str, seeds))]
-        options += ["--out", to_argument(str(self.paths[step.name]))]
+        options += ["--out", str(self.paths[step.name])]
         if step.name == "model" and arguments.pixel_range:
             options += ["--pixel-range", "{:g},{:g}".format(*arguments.pixel_range)]
         return [*options, "--quick"] if arguments.quick else options
@@ -343,11 +340,6 @@ def run_script(script: str, options: list[str], printed: Any) -> None:
         raise UserError(f"{script}: was killed by signal {-status}")
     if status:
         sys.exit(status)
-
-
-def to_argument(path: str) -> str:
-    """Return a path as a command-line argument, which no script takes for an option."""
-    return f"./{path}" if path.startswith("-") else path
 
 
 def describe_machine() -> str:

@@ -31,7 +31,6 @@ from tqdm import tqdm
 IGNORE_INDEX = -1  # in place of a label that is not to be learned
 WARMUP = 0.1  # fraction of a run in which warmup-cosine raises the learning rate
 MAX_SHIFT = 4  # pixels that a random crop moves an image by, at most
-MAX_WORKERS = 61  # processes: Windows can't wait for more
 FOLDS = 4  # an even number: two cores train them in pairs
 
 # ---- the loop -------------------------------------------------------------------------------
@@ -489,8 +488,7 @@ def parallel_map(
             other processes are busy.
     """
     # On a GPU, one job after the other.
-    most = min(len(jobs), _core_count() // threads, MAX_WORKERS)
-    workers = most if device.type == "cpu" else 1
+    workers = min(len(jobs), _core_count() // threads) if device.type == "cpu" else 1
     hidden = in_worker() or len(jobs) == 1 or None  # None: shown on a terminal only
     progress_bar = partial(tqdm, total=len(jobs), desc=description, leave=False, disable=hidden)
     if workers <= 1 or in_worker():  # in a worker, the cores are in use

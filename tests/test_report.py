@@ -378,30 +378,6 @@ def test_many_seeds_are_not_taken_for_the_name_of_a_file(course_folder, monkeypa
     assert seeds in made.origin_of(recipes)["options"]
 
 
-def test_paths_that_look_like_options_are_handed_on_as_paths(
-    course_folder, train, monkeypatch, tmp_path
-):
-    monkeypatch.chdir(tmp_path)
-    course_folder.rename("-data")
-    save_checkpoint(Path("-mine.ckpt"), build_model(), {})
-    Path("-mine.csv").write_text(format_corrections(train, []))
-    options = ["--data=-data", "--labels=-mine.csv", "--checkpoint=-mine.ckpt"]
-    monkeypatch.setattr(sys, "argv", ["report.py", *options])
-    made = report.Report(report.parse_arguments(), Path("-out"))
-    parser = cli.make_parser("Any script.", several_seeds=True)
-    cli.add_labels_option(parser)
-    cli.add_checkpoint_option(parser, "none")
-    given = {}
-    for step in made.steps:
-        found, _ = parser.parse_known_args(made.options_of(step))
-        assert Path(found.data) == Path("-data")
-        assert found.out == Path("-out/steps") / step.name
-        given[step.name] = found
-    assert given["corrected-labels"].labels == Path("-mine.csv")
-    assert given["model"].checkpoint == Path("-mine.ckpt")
-    assert given["attacks"].checkpoint == Path("-out/steps/recipes/final.ckpt")
-
-
 def test_own_corrections_take_the_place_of_the_automatic_ones(make_report, scripts, tmp_path):
     make_report()
     automatic = tmp_path / "out/steps/label-errors/label_corrections.csv"
