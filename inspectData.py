@@ -242,9 +242,10 @@ def draw_pixel_statistics(datasets: list[Dataset]) -> Figure:
         for label, name in enumerate(CLASS_NAMES):
             own = dataset.labels == label
             marker, color = plots.MARKERS[label], plots.CLASS_COLORS[label]
-            order = 2 + label / 10 if own.sum() < len(dataset) / 2 else 1
-            style = {"marker": marker, "color": color, "alpha": 0.5, "lw": 0, "zorder": order}
-            ax.scatter(mean[own], std[own], s=10, label=name, **style)
+            is_small = own.sum() < len(dataset) / 2
+            alpha, order = (0.9, 2 + label / 10) if is_small else (0.3, 1)
+            style = {"marker": marker, "color": color, "alpha": alpha, "lw": 0, "zorder": order}
+            ax.scatter(mean[own], std[own], s=14, label=name, **style)
         for limit in (MIN_MEAN, MAX_MEAN):
             ax.axvline(limit, color="0.4", ls="--", lw=0.8)
         ax.axhline(MIN_STD, color="0.4", ls="--", lw=0.8)
