@@ -2,8 +2,12 @@
 
 import ctypes
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 # Figures go to files. The backend that Jupyter or Colab sets may not be installed here.
 os.environ["MPLBACKEND"] = "agg"
@@ -29,4 +33,16 @@ def _quiet_interrupt(
         sys.__excepthook__(kind, error, trace)
 
 
+def _repeat_interrupt(unraisable: Any, report: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    """Repeat a Ctrl-C that came while an object was being deleted: Python would ignore it."""
+    # On Windows, os.kill would end the process at once.
+    if issubclass(unraisable.exc_type, KeyboardInterrupt) and os.name != "nt":
+        timer = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
+        timer.daemon = True
+        timer.start()
+    else:
+        report(unraisable)
+
+
 sys.excepthook = _quiet_interrupt
+sys.unraisablehook = _repeat_interrupt

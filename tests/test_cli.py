@@ -313,6 +313,20 @@ def test_an_interrupt_during_the_imports_prints_no_traceback():
     assert done.returncode != 0
 
 
+def test_an_interrupt_while_an_object_is_deleted_is_not_lost():
+    process = start(
+        "class Deleted:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "import signal\n"
+        "Deleted()\n"
+        "time.sleep(60)"
+    )
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert error.strip() == "stopped; files that were already written are complete"
+
+
 # ---- files ----------------------------------------------------------------------------------
 
 
