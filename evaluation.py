@@ -120,16 +120,15 @@ def load(source: Source, arguments: argparse.Namespace, alone: bool = True) -> C
 
 
 def evaluate(
-    source: Source, dataset: Dataset, arguments: argparse.Namespace, alone: bool = True
+    name: str, loaded: Checkpoint, dataset: Dataset, arguments: argparse.Namespace
 ) -> Evaluated:
     """Return what one checkpoint predicts, and how good that is.
 
     If its pixel range had to be assumed, or with --show-mismatch, it is scored in the other, too.
     """
-    loaded = load(source, arguments, alone)
-    logits = finite_logits(loaded.model, dataset.images, source.name)
+    logits = finite_logits(loaded.model, dataset.images, name)
     scores = metrics.evaluate(dataset.labels, logits.argmax(dim=1))
-    found = Evaluated(source.name, loaded.metadata, logits, scores)
+    found = Evaluated(name, loaded.metadata, logits, scores)
     if arguments.pixel_range or not loaded.bare:
         found.pixel_range = loaded.model.pixel_range
     if arguments.show_mismatch or not found.pixel_range:
@@ -152,10 +151,12 @@ def evaluate_other_range(model: Classifier, found: Evaluated, dataset: Dataset) 
     return scores | {"pixel_range": other, "comparison": compared}
 
 
-def evaluate_one(source: Source, dataset: Dataset, arguments: argparse.Namespace) -> None:
+def evaluate_one(
+    source: Source, loaded: Checkpoint, dataset: Dataset, arguments: argparse.Namespace
+) -> None:
     """Evaluate one checkpoint: table, figures, predictions."""
     results = Results(arguments, describe(dataset))
-    found = evaluate(source, dataset, arguments)
+    found = evaluate(source.name, loaded, dataset, arguments)
     scores, probabilities = found.scores, found.logits.softmax(dim=1)
     scores["ece"] = metrics.expected_calibration_error(probabilities, dataset.labels)
     numbers = {"checkpoint": {"file": source.name, **found.metadata}, "split": dataset.split}
@@ -287,7 +288,8 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
     models, failed = [], []
     for source in tqdm(sources, "evaluating", disable=None, leave=False):
         try:
-            models.append(evaluate(source, dataset, arguments, alone=False))
+            loaded = load(source, arguments, alone=False)
+            models.append(evaluate(source.name, loaded, dataset, arguments))
         except UserError as error:
             reason = str(error).removeprefix(f"{source.name}: ")
             failed.append((source.name, one_line(reason)))
@@ -698,11 +700,11 @@ def main() -> None:
         classify_files(arguments)
         return
     sources = find_sources(arguments.checkpoint or [PRE_TRAINED])
-    if len(sources) == 1:
-        read_source(sources[0])  # a wrong path is reported before any work
+    # A single one is loaded first, so that a wrong path is reported before any work.
+    loaded = load(sources[0], arguments) if len(sources) == 1 else None
     dataset = open_data(arguments.data).load(arguments.split, arguments.quick)
-    if len(sources) == 1:
-        evaluate_one(sources[0], dataset, arguments)
+    if loaded:
+        evaluate_one(sources[0], loaded, dataset, arguments)
     else:
         rank_all(sources, dataset, arguments)
 

@@ -85,6 +85,19 @@ def variants_of(recipe: Recipe, settings: list[str]) -> dict[str, Recipe]:
     return {"all": recipe} | {name: replace(recipe, **each) for name, each in changes.items()}
 
 
+def filter_of(recipe: Recipe) -> tuple[Recipe | None, bool]:
+    """Return all settings that the labels after the label filter depend on."""
+    return recipe.label_filter, recipe.correct_labels
+
+
+def filter_parts(recipe: Recipe, parts: list[Dataset], device: torch.device) -> list[Dataset]:
+    """Return the training sets of the runs after the recipe's label filter, if it has one."""
+    if recipe.label_filter is None:
+        return parts
+    jobs = [(recipe, part, seed, device) for seed, part in enumerate(parts)]
+    return list(parallel_map(filter_labels, jobs, device, "label filters"))
+
+
 def main() -> None:
     """Print the table of contributions."""
     parser = cli.make_parser(__doc__)
@@ -107,18 +120,13 @@ def main() -> None:
     )
     folds = choose_folds(dataset, flagged, arguments.runs, arguments.seed)
     parts = [dataset.subset(inside) for inside, _ in folds]
-    filtered = {}  # by what the labels depend on
-    for variant in variants.values():
-        labels = variant.label_filter, variant.correct_labels
-        filtered.setdefault(labels, parts)
-        if variant.label_filter and filtered[labels] is parts:
-            filters = [(variant, part, seed, device) for seed, part in enumerate(parts)]
-            filtered[labels] = list(parallel_map(filter_labels, filters, device, "label filters"))
+    by_filter = {filter_of(variant): variant for variant in variants.values()}
+    filtered = {key: filter_parts(each, parts, device) for key, each in by_filter.items()}
     jobs = [
         (variant, part, dataset.images[outside], seed, device)
         for variant in variants.values()
         for seed, (part, (_, outside)) in enumerate(
-            zip(filtered[variant.label_filter, variant.correct_labels], folds, strict=True)
+            zip(filtered[filter_of(variant)], folds, strict=True)
         )
     ]
     outcomes = parallel_map(train_and_predict, jobs, device, "runs")

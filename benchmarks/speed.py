@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says that it has no GPU
+# Else the profiler reports a missing GPU as an error.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from common import cli
 from common.data import Dataset, open_data, to_float

@@ -474,7 +474,7 @@ def find_fingerprint(first_line: str) -> str | None:
 
 
 def read_lines(path: Path, dataset: Dataset) -> list[str]:
-    """Return the lines of a file of corrections that hold anything, also as spreadsheets save it.
+    """Return the lines of a file of corrections that are not blank, in a spreadsheet's encoding.
 
     Raises:
         UserError: it can't be read.
