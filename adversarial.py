@@ -441,7 +441,7 @@ def find_plain(
         cli.say(f"training a model first: recipe {recipe.name}, {recipe.epochs} epochs")
         job = (recipe, training_set, arguments.seed, device)
         # With parallel_map, which restores the number of threads that `train` sets.
-        [model] = parallel_map(train, [job], device, recipe.name, recipe.threads)
+        [model] = parallel_map(train, [job], device, recipe.name)
         results.save(own.name, partial(save_checkpoint, model=model, metadata=describe_run(*job)))
     elif not is_trained_on(own, training_set):
         raise UserError(f"{own}: was trained on other images; name a model by --checkpoint")

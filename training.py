@@ -122,8 +122,7 @@ def train_recipes(
             elif "logits" not in earlier:
                 kept = filter_labels(recipe, dataset, seed, device)
             jobs.append((recipe, kept, dev, seed, device, path, metadata, earlier))
-    threads = max(recipe.threads for recipe in recipes)
-    trained = list(parallel_map(train_run, jobs, device, "runs", threads))
+    trained = list(parallel_map(train_run, jobs, device, "runs"))
     results.written += [run.checkpoint.name for run in trained]
     return trained
 

@@ -478,27 +478,27 @@ def parallel_map(
     jobs: Sequence[tuple[Any, ...]],
     device: torch.device,
     description: str,
-    threads: int = 1,
 ) -> Iterator[Any]:
     """Yield `function(*job)` for each job, in order; on a CPU, in parallel processes.
 
+    Each job has one thread, unless it sets another number, as `train` does: a single thread never
+    waits for another, so it does not stall when other processes are busy.
+
     Args:
         function: at module level, so that other processes can import it.
-        threads: of each job. A single thread never waits for another, so it does not stall when
-            other processes are busy.
     """
     # On a GPU, one job after the other.
-    workers = min(len(jobs), _core_count() // threads) if device.type == "cpu" else 1
+    workers = min(len(jobs), _core_count()) if device.type == "cpu" else 1
     hidden = in_worker() or len(jobs) == 1 or None  # None: shown on a terminal only
     progress_bar = partial(tqdm, total=len(jobs), desc=description, leave=False, disable=hidden)
     if workers <= 1 or in_worker():  # in a worker, the cores are in use
         for job in progress_bar(jobs):
-            yield _call(function, threads, job)
+            yield _call(function, job)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        futures = [pool.submit(_call_in_worker, _ByValue((function, threads, job))) for job in jobs]
+        futures = [pool.submit(_call_in_worker, _ByValue((function, job))) for job in jobs]
         for future in progress_bar(futures):
             yield future.result()
     except BrokenProcessPool as error:
@@ -521,10 +521,10 @@ def _core_count() -> int:
     return getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 
-def _call(function: Callable[..., Any], threads: int, job: tuple[Any, ...]) -> Any:
-    """Call the function with this number of threads, then restore the former one."""
+def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
+    """Call the function with one thread, then restore the former number."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         return function(*job)
     finally:
@@ -545,7 +545,7 @@ class _ByValue:
         return pickle.loads, (pickle.dumps(self.content),)
 
 
-def _call_in_worker(call: tuple[Callable[..., Any], int, tuple[Any, ...]]) -> _ByValue:
+def _call_in_worker(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> _ByValue:
     return _ByValue(_call(*call))
 
 

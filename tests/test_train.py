@@ -767,14 +767,16 @@ def test_a_killed_worker_is_reported_in_one_line(monkeypatch):
         list(parallel_map(kill_oneself, [(), ()], CPU, "jobs"))
 
 
-def test_a_single_job_runs_here_with_the_threads_asked_for_and_leaves_the_number(monkeypatch):
-    monkeypatch.setattr("common.train._core_count", lambda: 2)
-    two_threads = parallel_map(divide, [(6, 3), (6, 2)], CPU, "divisions", threads=2)
-    assert list(two_threads) == [(2.0, 2, os.getpid()), (3.0, 2, os.getpid())]
-    assert list(parallel_map(divide, [(6, 3)], CPU, "divisions")) == [(2.0, 1, os.getpid())]
-    with pytest.raises(ZeroDivisionError):
-        list(parallel_map(divide, [(6, 0)], CPU, "divisions", threads=2))
-    assert torch.get_num_threads() == 1
+def test_a_single_job_runs_here_with_one_thread_and_leaves_the_number():
+    torch.set_num_threads(2)
+    try:
+        assert list(parallel_map(divide, [(6, 3)], CPU, "divisions")) == [(2.0, 1, os.getpid())]
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            list(parallel_map(divide, [(6, 0)], CPU, "divisions"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 SLEEPERS = """
