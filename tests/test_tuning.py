@@ -330,10 +330,10 @@ def test_a_storage_that_does_not_work_ends_in_one_line(run_script, folder, tmp_p
 )
 def test_a_damaged_database_ends_in_one_line(run_script, folder, tmp_path, damage):
     train = open_data(str(folder)).load("train")
-    recipe = replace(TUNED, epochs=tuning.EPOCHS)
     (tmp_path / "out").mkdir()
-    study = tuning.open_study(None, tmp_path / "out", tuning.study_name(recipe, train, 0))
-    search(study, recipe, 1, best_near_a_third, seed=0)
+    name = tuning.study_name(tuning.RECIPE, train, 0)
+    study = tuning.open_study(None, tmp_path / "out", name)
+    search(study, tuning.RECIPE, 1, best_near_a_third, seed=0)
     with sqlite3.connect(tmp_path / "out/tuning.db") as database:
         database.execute(damage)
     status, _, error = run_script(tuning, "--data", folder, "--out", "out", "--trials", 1)
