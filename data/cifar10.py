@@ -1,17 +1,21 @@
 """CIFAR-10 (Krizhevsky 2009), cut to the report's classes and counts, with some labels wrong.
 
-    python -m data.cifar10
-    python -m data.cifar10 --seed 3 --out my_folder
+    python data/cifar10.py
+    python data/cifar10.py --seed 3 --out my_folder
 
 torchvision downloads it once (170 MB) to data/ and checks its checksums. The seed decides which
 images are used and which of them get wrong labels.
 """
 
 import socket
+import sys
 import threading
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+
+if not __package__:  # run as a script, not imported: `common` is one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
 from data.synthetic import (

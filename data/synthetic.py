@@ -1,6 +1,6 @@
 """Synthetic images of cars, trucks and cats, for use without the photographs.
 
-    python -m data.synthetic --seed 3 --out my_folder
+    python data/synthetic.py --seed 3 --out my_folder
 
 Each image is drawn from its class and a seed. Only shape distinguishes the classes: size,
 position, light, background and clutter do not depend on the class, and cars and trucks come in the
@@ -10,10 +10,14 @@ correctly, as with photographs. Some training labels are wrong, as in the report
 
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a script, not imported: `common` is one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
 

@@ -1,6 +1,8 @@
 """The scripts that prepare data sets: synthetic images, and the cut of CIFAR-10."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -125,6 +127,14 @@ def test_a_killed_preparation_is_made_anew(data_folder, monkeypatch):
         "train.pickle",
         "true_labels.json",
     ]
+
+
+@pytest.mark.parametrize("script", ["cifar10", "synthetic"])
+def test_script_runs_from_any_folder(script, tmp_path):
+    command = [sys.executable, cli.PROJECT / "data" / f"{script}.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python data/{script}.py --seed 3 --out my_folder" in done.stdout
 
 
 def test_script_takes_a_seed_and_a_folder(run_script, tmp_path):
