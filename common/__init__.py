@@ -12,7 +12,7 @@ from typing import Any
 # Figures go to files. The backend that Jupyter or Colab sets may not be installed here.
 os.environ["MPLBACKEND"] = "agg"
 # By default, waiting threads of torch spin, and stall when other processes are busy. Sleeping at
-# once would cost a fifth of the speed of two threads, so GNU's threads spin for some 30 µs first.
+# once would cost a fifth of the speed of two threads, so GNU's threads spin for some 40 µs first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
