@@ -77,7 +77,7 @@ LABEL_FILTER = replace(
     name="label-filter",
     threads=1,  # several are trained in parallel
     logit_adjustment=1.0,
-    color_jitter=0.0,
+    color_jitter=0.0,  # wrong labels were found, and counted, without it
 )
 # A second pass finds them more exactly: for label_errors.py and `best`.
 LABEL_ERRORS = replace(

@@ -767,9 +767,13 @@ def test_a_killed_worker_is_reported_in_one_line(monkeypatch):
         list(parallel_map(kill_oneself, [(), ()], CPU, "jobs"))
 
 
-def test_a_single_job_runs_here_with_one_thread_and_leaves_the_number():
+def test_what_one_core_runs_stays_here_with_one_thread_and_leaves_the_number(monkeypatch):
     torch.set_num_threads(2)
     try:
+        with monkeypatch.context() as patch:
+            patch.setattr("common.train._core_count", lambda: 1)
+            two = list(parallel_map(divide, [(6, 3), (6, 2)], CPU, "divisions"))
+        assert two == [(2.0, 1, os.getpid()), (3.0, 1, os.getpid())]
         assert list(parallel_map(divide, [(6, 3)], CPU, "divisions")) == [(2.0, 1, os.getpid())]
         assert torch.get_num_threads() == 2
         with pytest.raises(ZeroDivisionError):
