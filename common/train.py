@@ -7,6 +7,7 @@ import pickle
 import signal
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -70,25 +71,77 @@ def train(
     prior = sampled_prior(recipe, kept.labels).clamp(min=1e-9)  # a fold may lack a class
     log_prior = (recipe.logit_adjustment * prior.log()).to(device)
 
+    def step(index: Tensor, flip_and_crop: bool) -> Tensor:
+        batch, targets = augment(images[index], recipe, flip_and_crop), labels[index]
+        if recipe.mixup:
+            batch, targets = mixup(batch, targets, recipe.mixup)
+        loss = compute_loss(run.model, batch, targets, recipe, log_prior)
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        return loss.detach()
+
+    if device.type == "cuda":
+        step = GraphedStep(step)
     while run.epoch < recipe.epochs:
         torch.manual_seed(1_000_003 * seed + run.epoch)  # far apart for any two seeds
         run.model.train()
+        flip_and_crop = recipe.augment_from is not None and run.epoch >= recipe.augment_from
         losses = []
         for index in order[run.epoch].split(recipe.batch_size):
-            batch, targets = augment(images[index], recipe, run.epoch), labels[index]
-            if recipe.mixup:
-                batch, targets = mixup(batch, targets, recipe.mixup)
-            loss = compute_loss(run.model, batch, targets, recipe, log_prior)
-            run.optimizer.zero_grad()
-            loss.backward()
-            run.optimizer.step()
+            losses.append(step(index, flip_and_crop))
             run.scheduler.step()
             if run.ema:
                 run.ema.update_parameters(run.model)
-            losses.append(loss.detach())
         run.epoch += 1
         after_epoch(run, torch.stack(losses).tolist())
     return run.result
+
+
+class GraphedStep:
+    """A training step on a GPU whose kernels are recorded once and then replayed: a CUDA graph.
+
+    To launch hundreds of small kernels from Python takes longer than to run them.
+    """
+
+    WARMUP_CALLS = 3  # that run as usual: memory and algorithms have to be chosen before recording
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        self.step = step
+        self.calls: Counter[tuple[Any, ...]] = Counter()
+        self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, index: Tensor, *options: bool) -> Tensor:
+        """Take a step on the images at these indices; return its loss.
+
+        Batches of another length, and other options, are recorded on their own.
+        """
+        key = (len(index), *options)
+        self.calls[key] += 1
+        if self.calls[key] <= self.WARMUP_CALLS:
+            return self._warm_up(index, *options)
+        if key not in self.graphs:
+            self.graphs[key] = self._record(index, *options)
+        graph, static_index, loss = self.graphs[key]
+        static_index.copy_(index)
+        graph.replay()
+        return loss.clone()
+
+    def _warm_up(self, *arguments: Any) -> Tensor:
+        """Take a step on a stream of its own: what runs on the default one can't be recorded."""
+        stream, default = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(default)
+        with torch.cuda.stream(stream):
+            loss = self.step(*arguments)
+        default.wait_stream(stream)
+        return loss
+
+    def _record(self, index: Tensor, *options: bool) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Return the step's graph, and the tensors that it reads the index from and writes to."""
+        graph, static_index = torch.cuda.CUDAGraph(), index.clone()
+        with torch.cuda.graph(graph):
+            loss = self.step(static_index, *options)
+        return graph, static_index, loss
 
 
 def compute_loss(
@@ -237,10 +290,10 @@ def sampled_prior(recipe: Recipe, labels: Tensor) -> Tensor:
 # ---- augmentation, per image (torchvision's v2 transforms change a whole batch alike) -------
 
 
-def augment(images: Tensor, recipe: Recipe, epoch: int) -> Tensor:
+def augment(images: Tensor, recipe: Recipe, flip_and_crop: bool) -> Tensor:
     """Return a batch of uint8 images as float in [0, 1], augmented as the recipe says."""
     images = to_float(images)
-    if recipe.augment_from is not None and epoch >= recipe.augment_from:
+    if flip_and_crop:
         images = random_flip_and_crop(images)
     if recipe.color_jitter:
         images = color_jitter(images, recipe.color_jitter)
@@ -313,7 +366,8 @@ def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]
     Returns:
         images, and a probability of each class, float [B, C].
     """
-    fraction = Beta(alpha, alpha).sample((len(images), 1)).to(images.device)
+    alphas = images.new_full((len(images), 1), alpha)
+    fraction = Beta(alphas, alphas, validate_args=False).sample()  # the check would wait for a GPU
     fraction = torch.minimum(fraction, 1 - fraction)  # of the other image
     other = torch.randperm(len(images), device=images.device)
     targets = F.one_hot(labels, len(CLASS_NAMES)).float()
@@ -326,10 +380,13 @@ def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimizer for all weights of a model."""
-    weights, rate = list(model.parameters()), recipe.learning_rate
+    weights, rate, decay = list(model.parameters()), recipe.learning_rate, recipe.weight_decay
+    graphed = weights[0].device.type == "cuda"
+    if graphed:  # a graph repeats the same numbers, but reads a tensor anew
+        rate = torch.tensor(rate, device=weights[0].device)
     if recipe.optimizer == "muon":
-        return Muon(weights, rate, recipe.weight_decay)
-    return torch.optim.Adam(weights, rate, weight_decay=recipe.weight_decay, fused=True)
+        return Muon(weights, rate, decay)
+    return torch.optim.Adam(weights, rate, weight_decay=decay, fused=True, capturable=graphed)
 
 
 def make_scheduler(
@@ -371,7 +428,7 @@ class Muon(torch.optim.Optimizer):
     MOMENTUM = 0.95
     ADAM_RMS = 0.2  # root mean square of a typical Adam step, in learning rates
 
-    def __init__(self, weights: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+    def __init__(self, weights: Sequence[Tensor], lr: float | Tensor, weight_decay: float) -> None:
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -386,7 +443,8 @@ class Muon(torch.optim.Optimizer):
                 size = group["lr"] * self.ADAM_RMS * max(matrix.shape) ** 0.5
                 if weight.ndim > 1:
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(orthogonalize(matrix).view_as(weight), alpha=size)
+                update = orthogonalize(matrix).view_as(weight)
+                weight.addcmul_(update, torch.as_tensor(size, dtype=weight.dtype), value=-1)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

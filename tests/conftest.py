@@ -65,6 +65,14 @@ def one_process(monkeypatch):
     monkeypatch.setattr("common.train._core_count", lambda: 1)
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """Compute where digits can be compared; only tests/test_gpu.py uses a GPU."""
+    if request.module.__name__ != "test_gpu":
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the scripts that a test starts
+
+
 @pytest.fixture
 def train() -> Dataset:
     return make_dataset("train")

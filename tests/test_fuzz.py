@@ -401,7 +401,7 @@ def tried(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     done = subprocess.run(
         [sys.executable, __file__, folder],
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        env=os.environ | {"PYTHONPATH": str(PROJECT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )

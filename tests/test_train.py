@@ -251,17 +251,30 @@ def test_mixup_blends_each_image_with_another_by_a_fraction_of_its_own(alpha):
     assert torch.allclose(targets, expected, atol=1e-6)
 
 
-def test_augmentation_starts_in_the_epoch_that_the_recipe_names():
+def test_images_are_augmented_as_the_recipe_says():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
-    recipe = replace(NAIVE, augment_from=2)
-    changed = [
-        not torch.equal(augment(images, recipe, epoch), to_float(images)) for epoch in (1, 2)
-    ]
-    assert changed == [False, True]
-    for recipe in (NAIVE, replace(NAIVE, color_jitter=0.3), replace(NAIVE, cutout=4)):
-        same = torch.equal(augment(images, recipe, 0), to_float(images))
-        assert same == (recipe == NAIVE)
+    assert torch.equal(augment(images, NAIVE, False), to_float(images))
+    for recipe, flip_and_crop in (
+        (NAIVE, True),
+        (replace(NAIVE, color_jitter=0.3), False),
+        (replace(NAIVE, cutout=4), False),
+    ):
+        assert not torch.equal(augment(images, recipe, flip_and_crop), to_float(images))
+
+
+def test_flips_and_crops_start_in_the_epoch_that_the_recipe_names(monkeypatch):
+    seen = []
+
+    def spy(images, recipe, flip_and_crop):
+        seen.append(flip_and_crop)
+        return augment(images, recipe, flip_and_crop)
+
+    monkeypatch.setattr("common.train.augment", spy)
+    for start, steps in ((2, 8), (None, 12)):  # four steps an epoch
+        seen.clear()
+        train(replace(QUICK, augment_from=start), make_dataset(), 0, CPU)
+        assert seen == [False] * steps + [True] * (12 - steps)
 
 
 # ---- schedules and optimizers ---------------------------------------------------------------
