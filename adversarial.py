@@ -16,16 +16,7 @@ from itertools import chain, cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
-from common import cli, metrics, plots
-from common.attacks import (
-    UNIVERSAL_STEPS,
-    fgsm,
-    in_batches,
-    pgd,
-    random_noise,
-    saliency,
-    universal_perturbation,
-)
+from common import attacks, cli, metrics, plots
 from common.cli import PROJECT, Results, UserError
 from common.data import CLASS_NAMES, Dataset, describe, open_data, to_float
 from common.metrics import SCORE_TITLES
@@ -76,18 +67,12 @@ Cell = tuple[Tensor, str] | None  # of a figure: an image or a map, and its capt
 
 @dataclass
 class Attacked:
-    """The dev images under one attack with one epsilon.
-
-    Attributes:
-        images: of the first run, float [N, 3, 32, 32].
-        logits: of all runs, [runs, N, C].
-        noise: the same for all images, [runs, 3, 32, 32]; None if each image has its own.
-    """
+    """The dev images under one attack with one epsilon."""
 
     epsilon: float
-    images: Tensor
-    logits: Tensor
-    noise: Tensor | None = None
+    images: Tensor  # of the first run, float [N, 3, 32, 32]
+    logits: Tensor  # of all runs, [runs, N, C]
+    noise: Tensor | None = None  # the same for all images, [runs, 3, 32, 32]; else None
 
     @property
     def predicted(self) -> Tensor:
@@ -131,14 +116,14 @@ def attack_all(
     """
     found: dict[str, dict[str, Attacked]] = {name: {} for name in ATTACKS}
     clean = after_pgd = to_float(dev.images)
-    pgd_steps, fit_steps, runs = (2, 10, 1) if quick else (PGD_STEPS, UNIVERSAL_STEPS, RUNS)
+    steps, fit_steps, runs = (2, 10, 1) if quick else (PGD_STEPS, attacks.UNIVERSAL_STEPS, RUNS)
     seeds = range(seed, seed + runs)
-    fit = partial(universal_perturbation, model, training_set, steps=fit_steps)
+    fit = partial(attacks.universal_perturbation, model, training_set, steps=fit_steps)
     correct = predict_logits(model, clean).argmax(dim=1) == dev.labels
     for epsilon in tqdm(epsilons, desc="epsilons", disable=None):
         key = f"{epsilon:g}"
         torch.manual_seed(seed)
-        noise = {"random_noise": [random_noise(epsilon) for _ in seeds]}
+        noise = {"random_noise": [attacks.random_noise(epsilon) for _ in seeds]}
         if training_set:
             noise["universal"] = [fit(epsilon, each) for each in seeds]
             if to_next_label:
@@ -148,12 +133,12 @@ def attack_all(
             logits = torch.stack([predict_logits(model, each) for each in images])
             found[name][key] = Attacked(epsilon, images[0], logits, torch.stack(draws))
 
-        images = in_batches(fgsm, model, clean, dev.labels, epsilon=epsilon)
+        images = attacks.in_batches(attacks.fgsm, model, clean, dev.labels, epsilon=epsilon)
         found["fgsm"][key] = Attacked(epsilon, images, predict_logits(model, images)[None])
         # Images that PGD fooled with a smaller epsilon stay fooled: only the others are attacked.
         after_pgd = after_pgd.clone()
-        after_pgd[correct] = in_batches(
-            pgd, model, clean[correct], dev.labels[correct], epsilon=epsilon, steps=pgd_steps
+        after_pgd[correct] = attacks.in_batches(
+            attacks.pgd, model, clean[correct], dev.labels[correct], epsilon=epsilon, steps=steps
         )
         logits = predict_logits(model, after_pgd)
         found["pgd"][key] = Attacked(epsilon, after_pgd, logits[None])
@@ -313,7 +298,7 @@ def draw_saliency(dataset: Dataset, targets: dict[str, Target]) -> Figure:
         for name, target in targets.items():
             attacked = target.attacks["fgsm"][epsilon]
             images = torch.stack([clean, attacked.images[index]])
-            before, after = saliency(target.model, images, torch.tensor([label, label]))
+            before, after = attacks.saliency(target.model, images, torch.tensor([label, label]))
             cells.append((before, f"{name}, clean:\nmaximum {before.max():.2g}"))
             cells += show_attacked(target, attacked, [index])
             cells.append((after, f"{name}, attacked:\nmaximum {after.max():.2g}"))

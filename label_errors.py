@@ -87,7 +87,7 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
         UserError: the file is broken.
     """
     if path.exists():
-        found = find_fingerprint(_first_line(path, dataset))
+        found = find_fingerprint(read_lines(path, dataset)[0])
         if found and found != dataset.fingerprint:
             other = _set_aside(path, found)
             path.replace(other)
@@ -98,13 +98,9 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
     if not path.exists():
         return {}
     corrections = read_corrections(path, dataset)
-    if unreviewed_mark(corrections) in _first_line(path, dataset):
+    if unreviewed_mark(corrections) in read_lines(path, dataset)[0]:
         return {}
     return {correction.index: correction for correction in corrections}
-
-
-def _first_line(path: Path, dataset: Dataset) -> str:
-    return next(iter(read_lines(path, dataset)), "")
 
 
 def _set_aside(path: Path, fingerprint: str) -> Path:

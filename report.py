@@ -14,6 +14,7 @@ import argparse
 import base64
 import contextlib
 import csv
+import functools
 import hashlib
 import os
 import platform
@@ -48,7 +49,8 @@ from PIL import Image
 
 MAX_STEP_SECONDS = 1e7
 SECONDS_FOR_CTRL_C = 2.0  # that a script is given to stop by itself
-CODE = "common/*.py data/*.py models/*.ckpt"  # what the results of each step depend on
+# What the results of each step depend on.
+CODE = "common/*.py data/*.py models/*.ckpt label_review.html"
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
     "*.py *.html README.md requirements*.txt pyproject.toml Makefile LICENSE common/*.py "
@@ -258,8 +260,6 @@ class Report:
         facts = {"about": self.about(), "machine": describe_machine()}
         try:
             page = cli.render("report.html", report=self, files=files, **facts)
-        except UserError:
-            raise
         except Exception as error:  # of any kind, if somebody has edited a file
             if files.latest is None:
                 raise
@@ -401,42 +401,26 @@ def read_predictions(path: Path, dataset: Dataset) -> np.ndarray:
 
 # ---- the page -------------------------------------------------------------------------------
 
-FORMATS = {
-    "percent": "{:.1%}",
-    "whole percent": "{:.0%}",
-    "score": "{:.3f}",
-    "fraction": "{:.2f}",
-    "signed": "{:+.3f}",
-    "count": "{:,.0f}",
-    "short": "{:.2g}",
-}
 SCREEN_DPI = 96  # CSS pixels per inch
 
 
 class Files:
-    """The steps' files, and HTML for the numbers and figures in them.
-
-    Args:
-        folder: holds one folder per step.
-    """
+    """The files in `folder`, which holds one folder per step, and HTML for what is in them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.contents: dict[str, Any] = {}
+        self.read = functools.cache(cli.read_json)
         self.latest: Path | None = None  # the file that was asked for last
 
     def value(self, file: str, path: str = "") -> Any:
         """Return the value at a path of keys in a JSON file, such as recipes/training.json."""
         self.latest = self.folder / file
-        if file not in self.contents:
-            with step_file(self.latest):
-                self.contents[file] = cli.read_json(self.latest)
-        found = self.contents[file]
+        found = self.read(self.latest)
         for key in filter(None, path.split("/")):
             found = found[int(key) if isinstance(found, list) else key]
         return found
 
-    def number(self, file: str, path: str, kind: str = "score") -> Markup:
+    def number(self, file: str, path: str, spec: str = ".3f") -> Markup:
         """Return a number from a JSON file as HTML that names its source; a dash for null.
 
         Of a list, it is the number of entries.
@@ -446,19 +430,19 @@ class Files:
             return Markup("–")
         if isinstance(value, list):
             value, source = len(value), f"{source}, entries"
-        text = FORMATS[kind].format(value).replace("-", "\N{MINUS SIGN}")
+        text = format(value, spec).replace("-", "\N{MINUS SIGN}")
         return Markup('<data value="{}" title="{}">{}</data>').format(repr(value), source, text)
 
-    def spread(self, file: str, path: str, score: str, kind: str = "score") -> Markup:
+    def spread(self, file: str, path: str, score: str, spec: str = ".3f") -> Markup:
         """Return a mean over seeds as HTML, with its standard deviation if there are several."""
-        mean = self.number(file, f"{path}/{score}", kind)
+        mean = self.number(file, f"{path}/{score}", spec)
         if len(self.value(file, path).get("runs", [])) < 2:
             return mean
-        return mean + Markup("&nbsp;±&nbsp;") + self.number(file, f"{path}/spread/{score}", kind)
+        return mean + Markup("&nbsp;±&nbsp;") + self.number(file, f"{path}/spread/{score}", spec)
 
-    def interval(self, file: str, path: str, kind: str = "fraction") -> Markup:
+    def interval(self, file: str, path: str, spec: str = ".2f") -> Markup:
         """Return the two numbers of an interval as HTML."""
-        low, high = (self.number(file, f"{path}/{end}", kind) for end in "01")
+        low, high = (self.number(file, f"{path}/{end}", spec) for end in "01")
         return Markup("[{},&nbsp;{}]").format(low, high)
 
     def comparison(self, file: str, path: str, other: str) -> Markup:
@@ -467,8 +451,8 @@ class Files:
         words = "better than {}" if low > 0 else "worse than {}"
         if low <= 0 <= high:
             words = "not measurably different from {}"
-        difference = self.number(file, f"{path}/difference", "signed")
-        interval = self.interval(file, f"{path}/interval", "signed")
+        difference = self.number(file, f"{path}/difference", "+.3f")
+        interval = self.interval(file, f"{path}/interval", "+.3f")
         return Markup(words + " ({} {})").format(other, difference, interval)
 
     def image(self, file: str) -> dict[str, Any] | None:

@@ -18,25 +18,10 @@ from typing import Any
 
 from common import cli, metrics, plots
 from common.cli import Results, UserError
-from common.data import (
-    CLASS_NAMES,
-    Dataset,
-    apply_corrections,
-    describe,
-    open_data,
-    read_corrections,
-)
+from common.data import CLASS_NAMES, Dataset, describe, open_data
 from common.metrics import SCORE_TITLES
 from common.model import Classifier, choose_device, load_checkpoint, predict_logits, save_checkpoint
-from common.recipes import (
-    FINAL,
-    RECIPES,
-    REPORT_RECIPES,
-    REPORT_SCORES,
-    TUNED,
-    Recipe,
-    with_epochs,
-)
+from common.recipes import FINAL, RECIPES, REPORT_RECIPES, REPORT_SCORES, TUNED, Recipe, with_epochs
 from common.train import (
     IGNORE_INDEX,
     Run,
@@ -86,11 +71,6 @@ class Trained:
     checkpoint: Path
     logits: Tensor  # of dev, [N, C]
     history: list[dict[str, Any]]  # loss, seconds, scores and recalls of each epoch
-
-    @property
-    def seconds(self) -> float:
-        """How long the training took."""
-        return sum(epoch["seconds"] for epoch in self.history)
 
     @property
     def predicted(self) -> np.ndarray:
@@ -250,10 +230,7 @@ def summarize(runs: list[Trained], dev: Dataset, baseline: list[Trained]) -> dic
         "recipe": asdict(runs[0].recipe),
         "report": REPORT_SCORES.get(runs[0].recipe.name, {}),
         "comparison": compare(runs, baseline, dev) if baseline else None,
-        "runs": [
-            {"seed": run.seed, "seconds": run.seconds, **each, "curves": curves_of(run)}
-            for run, each in zip(runs, scores, strict=True)
-        ],
+        "runs": [entry_of(*each) for each in zip(runs, scores, strict=True)],
     }
 
 
@@ -264,10 +241,12 @@ def compare(runs: list[Trained], baseline: list[Trained], dev: Dataset) -> dict[
     return {"with": baseline[0].recipe.name, **found}
 
 
-def curves_of(run: Trained) -> dict[str, list[Any]]:
-    """Return loss, scores and recalls of a run, each as a list by epoch."""
+def entry_of(run: Trained, scores: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's entry in the JSON file: its scores, and its curves by epoch."""
     names = ("loss", *SCORE_TITLES, "recall")
-    return {name: [epoch[name] for epoch in run.history] for name in names}
+    curves = {name: [epoch[name] for epoch in run.history] for name in names}
+    seconds = sum(epoch["seconds"] for epoch in run.history)
+    return {"seed": run.seed, "seconds": seconds, **scores, "curves": curves}
 
 
 def print_summaries(summaries: dict[str, dict[str, Any]]) -> None:
@@ -423,9 +402,7 @@ def main() -> None:
     recipes = choose_recipes(arguments)
     data = open_data(arguments.data)
     dev = data.load("dev", arguments.quick)
-    dataset = data.load("train", arguments.quick)
-    if arguments.labels:
-        dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))
+    dataset = data.load("train", arguments.quick, arguments.labels)
     results = Results(arguments, describe(dataset, dev))
     try:
         trained = train_recipes(recipes, arguments, results, dataset, dev)

@@ -34,14 +34,7 @@ from typing import Any
 
 from common import cli, metrics, plots
 from common.cli import UserError
-from common.data import (
-    CLASS_NAMES,
-    Dataset,
-    apply_corrections,
-    describe,
-    open_data,
-    read_corrections,
-)
+from common.data import CLASS_NAMES, Dataset, describe, open_data
 from common.model import choose_device
 from common.recipes import TUNED, Recipe, with_epochs
 from common.train import FOLDS, cross_val_logits, make_folds, parallel_map, train_and_predict
@@ -356,9 +349,7 @@ def main() -> None:
     arguments = make_parser().parse_args()
     device, url, seed = choose_device(arguments.device), arguments.storage, arguments.seed
     arguments.storage = url and hide_password(url)  # as it appears in the results
-    dataset = open_data(arguments.data).load("train", arguments.quick)
-    if arguments.labels:
-        dataset = apply_corrections(dataset, read_corrections(arguments.labels, dataset))
+    dataset = open_data(arguments.data).load("train", arguments.quick, arguments.labels)
     results = cli.Results(arguments, describe(dataset))
     searched, held_out = split(dataset, seed)
     recipe = with_epochs(RECIPE, arguments.epochs, arguments.quick)

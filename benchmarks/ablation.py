@@ -122,22 +122,18 @@ def main() -> None:
     parts = [dataset.subset(inside) for inside, _ in folds]
     by_filter = {filter_of(variant): variant for variant in variants.values()}
     filtered = {key: filter_parts(each, parts, device) for key, each in by_filter.items()}
-    jobs = [
-        (variant, part, dataset.images[outside], seed, device)
-        for variant in variants.values()
-        for seed, (part, (_, outside)) in enumerate(
-            zip(filtered[filter_of(variant)], folds, strict=True)
-        )
-    ]
+    jobs, targets = [], []
+    for variant in variants.values():
+        runs = zip(filtered[filter_of(variant)], folds, strict=True)
+        for seed, (part, (_, outside)) in enumerate(runs):
+            jobs.append((variant, part, dataset.images[outside], seed, device))
+            targets.append(dataset.labels[outside])
     outcomes = parallel_map(train_and_predict, jobs, device, "runs")
-    predicted = [logits.argmax(dim=1) for logits in outcomes]
-    scores = np.array(
-        [
-            metrics.evaluate(dataset.labels[folds[i % len(folds)][1]], each)["g_mean"]
-            for i, each in enumerate(predicted)
-        ]
-    ).reshape(len(variants), -1)
-    print_scores(variants, scores)
+    scores = [
+        metrics.evaluate(labels, logits.argmax(dim=1))["g_mean"]
+        for labels, logits in zip(targets, outcomes, strict=True)
+    ]
+    print_scores(variants, np.reshape(scores, (len(variants), -1)))
 
 
 def print_scores(variants: dict[str, Recipe], scores: np.ndarray) -> None:

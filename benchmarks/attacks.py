@@ -1,9 +1,10 @@
 """How fast and how strong is our PGD, against the libraries that most people use?
 
-    python benchmarks/attacks.py --data FOLDER --checkpoints models/robust.ckpt
+    python benchmarks/attacks.py --data FOLDER --checkpoint models/robust.ckpt
 
 All take 40 steps of the same size from a random start, with the same epsilon, on the whole dev
-set. They take turns, so that other load on the machine affects all of them equally.
+set; ours leaves an image alone once it is misclassified. They take turns, so that other load on
+the machine affects all of them equally.
 """
 
 import statistics
@@ -77,20 +78,13 @@ def compare(
 def main() -> None:
     """Print the table."""
     parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--checkpoints",
-        type=Path,
-        nargs="+",
-        default=[MODELS / "tuned.ckpt", MODELS / "robust.ckpt"],
-        metavar="FILE",
-    )
-    parser.add_argument("--pixel-range", type=cli.pixel_range, metavar="LOW,HIGH")
+    cli.add_checkpoint_option(parser, "models/tuned.ckpt and models/robust.ckpt", several=True)
     parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     dev = open_data(arguments.data).load("dev", arguments.quick)
     rows = []
-    for path in arguments.checkpoints:
+    for path in arguments.checkpoint or [MODELS / "tuned.ckpt", MODELS / "robust.ckpt"]:
         model = load_checkpoint(path, arguments.pixel_range, alone=False).model
         measured = compare(model.to(device), to_float(dev.images), dev.labels, arguments.epsilon)
         for name, (seconds, accuracy) in measured.items():

@@ -1,6 +1,6 @@
 """How robust is a model? Strong attacks by other libraries, the worst of them for each image.
 
-    python benchmarks/robustness.py --data FOLDER --checkpoints models/robust.ckpt models/best.ckpt
+    python benchmarks/robustness.py --data FOLDER --checkpoint models/robust.ckpt models/best.ckpt
 
 AutoAttack (Croce and Hein, 2020) is the standard benchmark, but its targeted DLR loss needs four
 classes. These are its other parts, as torchattacks has them: APGD with cross-entropy and with the
@@ -36,24 +36,18 @@ Attack = Callable[[Classifier, Tensor, Tensor], Tensor]
 def make_attacks(epsilon: float, seed: int, queries: int, quick: bool) -> dict[str, Attack]:
     """Return the attacks in the order in which they are tried, the fast ones first."""
     steps, queries = (2, 10) if quick else (100, queries)
-    settings = {"eps": epsilon, "seed": seed}
     fab = {"steps": steps, "multi_targeted": True, "n_classes": len(CLASS_NAMES)}
-    parts = {
-        "APGD, cross-entropy": (torchattacks.APGD, {"steps": steps, "loss": "ce"}),
-        "APGD, DLR": (torchattacks.APGD, {"steps": steps, "loss": "dlr"}),
-        "FAB, each other class": (torchattacks.FAB, fab),
-        "Square": (torchattacks.Square, {"n_queries": queries}),
+
+    def attack_by(kind: type, **settings: Any) -> Attack:
+        return lambda model, *batch: kind(model, eps=epsilon, seed=seed, **settings)(*batch)
+
+    return {
+        "PGD, ours, 40 steps": partial(pgd, epsilon=epsilon),
+        "APGD, cross-entropy": attack_by(torchattacks.APGD, steps=steps, loss="ce"),
+        "APGD, DLR": attack_by(torchattacks.APGD, steps=steps, loss="dlr"),
+        "FAB, each other class": attack_by(torchattacks.FAB, **fab),
+        "Square": attack_by(torchattacks.Square, n_queries=queries),
     }
-    attacks: dict[str, Attack] = {"PGD, ours, 40 steps": partial(pgd, epsilon=epsilon)}
-    for name, (kind, more) in parts.items():
-        attacks[name] = partial(_attack_by, kind, settings | more)
-    return attacks
-
-
-def _attack_by(
-    kind: type, settings: dict[str, Any], model: Classifier, images: Tensor, labels: Tensor
-) -> Tensor:
-    return kind(model, **settings)(images, labels)
 
 
 def attack_in_turn(
@@ -93,10 +87,7 @@ def row_of(dataset: Dataset, before: Tensor, after: Tensor) -> list[str]:
 def main() -> None:
     """Print the table."""
     parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--checkpoints", type=Path, nargs="+", default=[MODELS / "robust.ckpt"], metavar="FILE"
-    )
-    parser.add_argument("--pixel-range", type=cli.pixel_range, metavar="LOW,HIGH")
+    cli.add_checkpoint_option(parser, "models/robust.ckpt", several=True)
     parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255)
     parser.add_argument(
         "--queries",
@@ -110,7 +101,7 @@ def main() -> None:
     dataset = open_data(arguments.data).load(arguments.split, arguments.quick)
     attacks = make_attacks(arguments.epsilon, arguments.seed, arguments.queries, arguments.quick)
     rows = []
-    for path in arguments.checkpoints:
+    for path in arguments.checkpoint or [MODELS / "robust.ckpt"]:
         model = load_checkpoint(path, arguments.pixel_range, alone=False).model
         after = attack_in_turn(model.to(device), dataset, attacks, arguments.epsilon)
         for name, predicted in after.items():

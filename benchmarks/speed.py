@@ -85,9 +85,8 @@ def our_epochs(recipe: Recipe, dataset: Dataset) -> float:
 def report_loop(dataset: Dataset) -> float:
     """Return the seconds that the report's epochs in batches of 4 would take."""
     part = dataset.subset(torch.arange(min(REPORT_IMAGES, len(dataset))))
-    return (
-        loader_epoch(part, REPORT_BATCH, nn.Identity()) * len(dataset) / len(part) * REPORT_EPOCHS
-    )
+    seconds = loader_epoch(part, REPORT_BATCH, nn.Identity())
+    return seconds * len(dataset) / len(part) * REPORT_EPOCHS
 
 
 def fraction_of_peak(seconds: float, recipe: Recipe, dataset: Dataset) -> float:
@@ -119,12 +118,8 @@ def main() -> None:
     arguments = cli.make_parser(__doc__).parse_args()
     dataset = open_data(arguments.data).load("train", arguments.quick)
     torch.set_num_threads(1)
-    augmented = transforms.Compose(
-        [
-            transforms.RandomCrop(32, padding=4, padding_mode="reflect"),
-            transforms.RandomHorizontalFlip(),
-        ]
-    )
+    crop = transforms.RandomCrop(32, padding=4, padding_mode="reflect")
+    augmented = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
     tuned = replace(TUNED, threads=1)
     one_epoch = with_epochs(tuned, 1, False)
     plain = with_epochs(NAIVE, 1, False)

@@ -1,8 +1,9 @@
 """Adversarial attacks: small perturbations of images that make a model misclassify them.
 
-Images are float32 [B, 3, 32, 32] in [0, 1], before and after. The norm is L-infinity: no pixel of
-any channel moves by more than epsilon, so 0.05 is 5% of full brightness, whatever range the
-model was trained on, since normalization is its first layer. Models are in eval mode.
+Images are float32 [B, 3, 32, 32] in [0, 1], before and after; labels are the true classes, int64
+[B]. The norm is L-infinity: no pixel of any channel moves by more than epsilon, so 0.05 is 5% of
+full brightness, whatever range the model was trained on, since normalization is its first layer.
+Models are in eval mode.
 
 The gradients of FGSM and PGD include test-time augmentation, if the model has it: with the gradient
 of a single view, they would be much weaker.
@@ -87,16 +88,7 @@ def random_noise(epsilon: float) -> Tensor:
 
 
 def fgsm(model: Model, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
-    """Fast gradient sign method (Goodfellow et al., 2015): one step of size epsilon up the loss.
-
-    Args:
-        images: [B, 3, 32, 32] in [0, 1].
-        labels: the true classes, int64 [B].
-        epsilon: in pixel units, up to 1.
-
-    Returns:
-        adversarial images, [B, 3, 32, 32] in [0, 1].
-    """
+    """Fast gradient sign method (Goodfellow et al., 2015): one step of size epsilon up the loss."""
     gradient, _ = input_gradient(model, images, labels)
     return (images + epsilon * gradient.sign()).clamp(0, 1)
 
@@ -116,16 +108,10 @@ def pgd(
     Without a random start it is the iterative FGSM of Kurakin et al. (2017).
 
     Args:
-        images: [B, 3, 32, 32] in [0, 1].
-        labels: the true classes, int64 [B].
-        epsilon: in pixel units, up to 1.
         alpha: step size in pixel units; None means 2.5 epsilon / steps, as in the paper.
         random_start: start at a random point of the ball, not at the image.
         stop_early: stop changing an image once it is misclassified. This saves most of the work,
             and further steps can't undo a success.
-
-    Returns:
-        adversarial images, [B, 3, 32, 32] in [0, 1].
     """
     alpha = 2.5 * epsilon / steps if alpha is None else alpha
     adversarial = images.clone()
@@ -158,13 +144,6 @@ def trades_perturbation(model: Classifier, images: Tensor, epsilon: float) -> Te
     others close by (at the images themselves its gradient is 0). Zhang et al. (2019) take ten
     small steps. As in their code, the model is in eval mode during this step: batch norm's
     statistics do not change, and dropout does not weaken the attack.
-
-    Args:
-        images: [B, 3, 32, 32] in [0, 1].
-        epsilon: in pixel units, up to 1.
-
-    Returns:
-        adversarial images, [B, 3, 32, 32] in [0, 1].
     """
     was_training = model.training
     model.eval()
@@ -193,7 +172,6 @@ def universal_perturbation(
 
     Args:
         dataset: training images; on images that it was fitted to, it looks stronger than it is.
-        epsilon: in pixel units, up to 1.
         seed: for the start and the batches.
         to_next_label: decrease the loss of the next label (label + 1) instead, as the report did:
             cars should become trucks, trucks cats, and cats cars.
@@ -210,7 +188,7 @@ def universal_perturbation(
         images = to_float(dataset.images[index]).to(device)
         labels = dataset.labels[index].to(device)
         attacked = (images + noise).clamp(0, 1)
-        gradient, _ = input_gradient(_random_view(model), attacked, labels, loss)
+        gradient, _ = input_gradient(lambda x: _random_view(model, x), attacked, labels, loss)
         step_size = FIRST_STEP_SIZE * epsilon * (1 - step / steps)
         noise = (noise + step_size * gradient.sum(dim=0).sign()).clamp(-epsilon, epsilon)
 
@@ -230,17 +208,13 @@ def _draw_per_class(labels: Tensor, count: int) -> Tensor:
     return torch.cat([own[torch.randint(len(own), (count,))] for own in members])
 
 
-def _random_view(model: Classifier) -> Model:
-    """Return the model with one random view instead of test-time augmentation.
+def _random_view(model: Classifier, images: Tensor) -> Tensor:
+    """Return the logits of one random view instead of test-time augmentation.
 
-    Its gradient is the same in expectation (Athalye et al., 2018), at a fraction of the time.
+    Their gradient is the same in expectation (Athalye et al., 2018), at a fraction of the time.
     """
-
-    def forward(images: Tensor) -> Tensor:
-        views = model.views(images)
-        return model.single_view(views[torch.randint(len(views), ())])
-
-    return forward
+    views = model.views(images)
+    return model.single_view(views[torch.randint(len(views), ())])
 
 
 def in_batches(

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import signal
-import stat
 import sys
 import tempfile
 import textwrap
@@ -16,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -175,26 +175,16 @@ def add_labels_option(
     parser.add_argument("--labels", type=Path, metavar="FILE", help=use)
 
 
-def natural_number(text: str) -> int:
-    """Parse a whole number from 0 to MAX_SEED."""
-    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) > MAX_SEED:
-        message = f"{text[:20]!r} is not a whole number from 0 to {MAX_SEED}"
+def natural_number(text: str, low: int = 0, high: int = MAX_SEED) -> int:
+    """Parse a whole number from `low` to `high`."""
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or not low <= int(text) <= high:
+        message = f"{text[:20]!r} is not a whole number from {low} to {high}"
         raise argparse.ArgumentTypeError(message)
     return int(text)
 
 
-def positive_int(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    if natural_number(text) == 0:
-        raise argparse.ArgumentTypeError("0 is not a whole number of at least 1")
-    return int(text)
-
-
-def epoch_count(text: str) -> int:
-    """Parse a number of epochs, from 1 to MAX_EPOCHS."""
-    if positive_int(text) > MAX_EPOCHS:
-        raise argparse.ArgumentTypeError(f"{text} is above {MAX_EPOCHS}")
-    return int(text)
+positive_int = partial(natural_number, low=1)
+epoch_count = partial(natural_number, low=1, high=MAX_EPOCHS)
 
 
 def positive_float(text: str) -> float:
@@ -280,19 +270,14 @@ def read_bytes(path: Path, limit: int) -> bytes:
         UserError: it can't be read, or is larger.
     """
     try:
-        status = path.stat()
-        size = status.st_size
-        if not (stat.S_ISREG(status.st_mode) or path.is_dir()):  # a device or a pipe may never end
+        size = path.stat().st_size
+        if not (path.is_file() or path.is_dir()):  # a device or a pipe may never end
             raise UserError(f"{path}: not a file on a disk")
         if size > limit:
             raise UserError(f"{path}: is larger than {limit // 2**20} MB, the most that is read")
-        with path.open("rb") as file:
-            content = file.read(size + 1)
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'not readable'}") from error
-    if len(content) > size:
-        raise UserError(f"{path}: still being written; try again later")
-    return content
 
 
 def read_json(path: Path) -> Any:
@@ -335,7 +320,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically: paths as text, NaN and infinity as null."""
-    write_text(path, json.dumps(_to_json(content), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(content, default=str)
+    content = json.loads(text, parse_constant=lambda constant: None)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def render(template: str, **values: Any) -> str:
@@ -454,14 +441,3 @@ def _free_folder(name: str, owner: str) -> Path:
 def _owner(folder: Path) -> str | None:
     path = folder / OWNER
     return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else None
-
-
-def _to_json(value: Any) -> Any:
-    """Return a value in a form that JSON holds."""
-    if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)

@@ -43,23 +43,14 @@ MAX_PIXELS = 50_000_000  # of an image that is to be scaled down
 
 @dataclass(frozen=True)
 class Dataset:
-    """One split of a data set, in memory.
+    """One split of a data set, in memory."""
 
-    Attributes:
-        name: where it came from, such as `synthetic` or the name of a folder.
-        split: `train` or `dev`.
-        images: uint8 [N, 3, 32, 32].
-        labels: int64 [N], indices into CLASS_NAMES; some may be wrong.
-        true_labels: int64 [N] where they are known, else None.
-        path: of the folder that it was read from.
-    """
-
-    name: str
-    split: str
-    images: Tensor
-    labels: Tensor
-    true_labels: Tensor | None = None
-    path: Path | None = None
+    name: str  # where it came from, such as `synthetic` or the name of a folder
+    split: str  # `train` or `dev`
+    images: Tensor  # uint8 [N, 3, 32, 32]
+    labels: Tensor  # int64 [N], indices into CLASS_NAMES; some may be wrong
+    true_labels: Tensor | None = None  # int64 [N], where they are known
+    path: Path | None = None  # of the folder that it was read from
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,11 +133,15 @@ class DataFolder:
         """Return whether the folder has this split."""
         return self._pickle(split).is_file() or (self.path / split).is_dir()
 
-    def load(self, split: str, quick: bool = False) -> Dataset:
+    def load(self, split: str, quick: bool = False, corrections: Path | None = None) -> Dataset:
         """Load and check `train` or `dev`; `quick` keeps the first 60 images of each class.
 
+        Args:
+            corrections: a file of label corrections to apply.
+
         Raises:
-            UserError: the split is missing, broken, in the wrong format, or lacks a class.
+            UserError: the split is missing, broken, in the wrong format, or lacks a class; or the
+                corrections can't be used.
         """
         if not self.has(split):
             raise UserError(f"{self.path}: has neither {split}.pickle nor {split}/<class>/*.png")
@@ -159,7 +154,10 @@ class DataFolder:
         true_labels = self._true_labels(split, len(labels))
         dataset = Dataset(self.name, split, images, labels, true_labels, self.path.resolve())
         _check_classes(dataset, f"{self.path}, {split}")
-        return dataset.first(QUICK_COUNT) if quick else dataset
+        dataset = dataset.first(QUICK_COUNT) if quick else dataset
+        if corrections:
+            dataset = apply_corrections(dataset, read_corrections(corrections, dataset))
+        return dataset
 
     def _pickle(self, split: str) -> Path:
         return self.path / f"{split}.pickle"
@@ -412,21 +410,13 @@ ANSWERS |= dict.fromkeys(("no", "n", "false", "0"), False)
 
 @dataclass(frozen=True)
 class Correction:
-    """A label that may be wrong.
+    """A label that may be wrong."""
 
-    Attributes:
-        index: of the image in its split.
-        given: its label, an index into CLASS_NAMES.
-        suggested: the label that it should have.
-        confidence: the models' probability that the suggestion is right.
-        accept: whether to apply it.
-    """
-
-    index: int
-    given: int
-    suggested: int
-    confidence: float
-    accept: bool = True
+    index: int  # of the image in its split
+    given: int  # its label, an index into CLASS_NAMES
+    suggested: int  # the label that it should have
+    confidence: float  # the models' probability that the suggestion is right
+    accept: bool = True  # whether to apply it
 
 
 def apply_corrections(dataset: Dataset, corrections: Sequence[Correction]) -> Dataset:
@@ -474,7 +464,9 @@ def find_fingerprint(first_line: str) -> str | None:
 
 
 def read_lines(path: Path, dataset: Dataset) -> list[str]:
-    """Return the lines of a file of corrections that are not blank, in a spreadsheet's encoding.
+    """Return the lines of a file of corrections that are not blank, [""] if there are none.
+
+    Spreadsheets write them in several encodings.
 
     Raises:
         UserError: it can't be read.
@@ -482,7 +474,8 @@ def read_lines(path: Path, dataset: Dataset) -> list[str]:
     content = read_bytes(path, 2**20 + MAX_ROW_SIZE * len(dataset))
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     lines = content.decode(encoding, errors="replace").splitlines()
-    return [line for line in lines if line.strip(' ,;\t"') and not line.startswith("sep=")]
+    kept = [line for line in lines if line.strip(' ,;\t"') and not line.startswith("sep=")]
+    return kept or [""]
 
 
 def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
@@ -492,7 +485,7 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
         UserError: there is no such file, it is broken, or it was made for other data.
     """
     lines = read_lines(path, dataset)
-    found = find_fingerprint(lines[0] if lines else "")
+    found = find_fingerprint(lines[0])
     if not found:
         raise UserError(f"{path}: its first line must be that of label_errors.py (# labels of ...)")
     if found != dataset.fingerprint:

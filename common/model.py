@@ -279,19 +279,12 @@ def save_checkpoint(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """What a checkpoint holds."""
 
-    Attributes:
-        model: in eval mode.
-        metadata: recipe, seed and data; {} if the checkpoint is bare.
-        training: what `save_checkpoint` was given as `training`.
-        bare: it holds weights only, so its pixel range is unknown.
-    """
-
-    model: Classifier
-    metadata: dict[str, Any]
-    training: dict[str, Any]
-    bare: bool
+    model: Classifier  # in eval mode
+    metadata: dict[str, Any]  # recipe, seed and data; {} if the checkpoint is bare
+    training: dict[str, Any]  # what `save_checkpoint` was given as `training`
+    bare: bool  # it holds weights only, so its pixel range is unknown
 
 
 def load_checkpoint(

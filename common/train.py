@@ -403,11 +403,7 @@ def make_scheduler(
 
 
 def warmup_cosine(progress: float) -> float:
-    """Return the learning-rate factor: linear warmup, then cosine decay.
-
-    Args:
-        progress: completed fraction of the run.
-    """
+    """Return the learning-rate factor at a fraction of the run: linear warmup, cosine decay."""
     decay = max(0.0, progress - WARMUP) / (1 - WARMUP)
     return min(progress / WARMUP, (1 + math.cos(math.pi * decay)) / 2)
 
@@ -575,8 +571,9 @@ def in_worker() -> bool:
 
 
 def _core_count() -> int:
-    # From Python 3.13 on, only those that this process may use.
-    return getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on Macs and Windows
+        return len(os.sched_getaffinity(0))  # only those that this process may use
+    return os.cpu_count() or 1
 
 
 def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:

@@ -249,7 +249,8 @@ def check_number(folder, title, value, shown):
     expected = len(expected) if path.endswith(", entries") else expected
     assert float(value) == expected, title
     shown = shown.replace("\N{MINUS SIGN}", "-")
-    assert shown in {form.format(expected) for form in report.FORMATS.values()}, title
+    specs = (".3f", ".2f", ".1%", ".0%", "+.3f", ",.0f", ".2g")
+    assert shown in {format(expected, spec) for spec in specs}, title
 
 
 @pytest.mark.parametrize("options", [(), ("--full", "--seed", "0,1"), ("--quick",)])
