@@ -31,11 +31,12 @@ from torch import Tensor
 FOLDS = 3
 WITHOUT = {
     "tuned": {
-        "Muon (Adam instead)": {"optimizer": "adam", "learning_rate": 3e-3, "weight_decay": 0.0},
+        "Muon (Adam instead)": {"optimizer": "adam", "learning_rate": 3e-3},
         "random flips and crops": {"augment_from": None},
         "warmup and cosine decay": {"schedule": "constant"},
         "square-root sampling": {"sampler": "shuffle"},
         "logit adjustment": {"logit_adjustment": 0.0},
+        "color jitter": {"color_jitter": 0.0},
         "flipped views at test time": {"tta_flip": False},
         "shifted views at test time": {"tta_shift": 0},
     },
