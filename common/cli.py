@@ -275,9 +275,13 @@ def read_bytes(path: Path, limit: int) -> bytes:
             raise UserError(f"{path}: not a file on a disk")
         if size > limit:
             raise UserError(f"{path}: is larger than {limit // 2**20} MB, the most that is read")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(size + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'not readable'}") from error
+    if len(content) > size:
+        raise UserError(f"{path}: still being written; try again later")
+    return content
 
 
 def read_json(path: Path) -> Any:
@@ -322,7 +326,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically: paths as text, NaN and infinity as null."""
     text = json.dumps(content, default=str)
     content = json.loads(text, parse_constant=lambda constant: None)
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def render(template: str, **values: Any) -> str:

@@ -147,6 +147,13 @@ def intervals(confusion: np.ndarray) -> dict[str, np.ndarray]:
     recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
     values, draws = scores(confusion), combine_recalls(recalls)
     found = {score: _interval_around(draws[score], values[score]) for score in draws}
+    # A class without images makes a score NaN, which widens nothing: its recall may be anything.
+    if (correct == 0).any():
+        found["g_mean"][0] = 0.0
+    if (correct == 0).all():
+        found["balanced_accuracy"][0] = 0.0
+    if (correct == counts).all():
+        found["balanced_accuracy"][1] = found["g_mean"][1] = 1.0
     columns = zip(correct, confusion.sum(axis=0), strict=True)
     return found | {
         "accuracy": np.array(wilson_interval(correct.sum(), counts.sum())),

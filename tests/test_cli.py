@@ -382,6 +382,14 @@ def test_files_are_read_up_to_a_limit(tmp_path):
         cli.read_bytes(tmp_path / "missing", 10)
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux' files of processes"
+)
+def test_a_file_that_holds_more_than_its_size_is_not_read_on():
+    with pytest.raises(UserError, match="still being written"):
+        cli.read_bytes(Path("/proc/self/status"), 10)  # its size is 0
+
+
 @pytest.mark.parametrize("content", [b"", b"[1", b"[" * 100_000, b"9" * 5000, b"\xff"])
 def test_a_broken_json_file_is_named(content, tmp_path):
     (tmp_path / "a.json").write_bytes(content)

@@ -27,7 +27,7 @@ def deterministic(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
 
 
-def run(recipe, seed=0, device=CUDA, state=None):
+def run(recipe, seed=0, state=None):
     """Train; return the model, the losses of all steps, and the state after each epoch."""
     losses, states = [], []
 
@@ -35,7 +35,7 @@ def run(recipe, seed=0, device=CUDA, state=None):
         losses.extend(of_epoch)
         states.append(copy.deepcopy(run.state_dict()))
 
-    model = train(recipe, make_dataset(), seed, device, after_epoch, state)
+    model = train(recipe, make_dataset(), seed, CUDA, after_epoch, state)
     return model, losses, states
 
 

@@ -81,6 +81,11 @@ def test_nothing_is_claimed_of_a_class_without_images():
     assert np.isnan(found["recall"]["cat"])
     assert np.isnan(found["g_mean"])
     assert found["interval"]["recall"]["cat"] == [0, 1]
+    assert found["interval"]["g_mean"][0] == 0
+    perfect = metrics.intervals(np.diag([9, 5, 0]))
+    assert perfect["g_mean"].tolist() == [0, 1]
+    assert perfect["balanced_accuracy"][1] == 1
+    assert metrics.intervals(np.diag([9, 5], k=1))["balanced_accuracy"][0] == 0
     assert found["recall"]["car"] == pytest.approx(2 / 3)
     assert found["accuracy"] == 0.75
 
