@@ -15,6 +15,8 @@ os.environ["MPLBACKEND"] = "agg"
 # once would cost a fifth of the speed of two threads, so GNU's threads spin for some 40 µs first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Macs: what torch's older versions can't compute on the GPU (mixup's fractions), the CPU does.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 # Each training step allocates and frees the same memory. Linux's C library (glibc) would return it
 # to the kernel in between; keeping it makes an epoch take a fifth less time.

@@ -439,8 +439,8 @@ class Muon(torch.optim.Optimizer):
                 size = group["lr"] * self.ADAM_RMS * max(matrix.shape) ** 0.5
                 if weight.ndim > 1:
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
-                update = orthogonalize(matrix).view_as(weight)
-                weight.addcmul_(update, torch.as_tensor(size, dtype=weight.dtype), value=-1)
+                size = torch.as_tensor(size, dtype=weight.dtype, device=weight.device)
+                weight.addcmul_(orthogonalize(matrix).view_as(weight), size, value=-1)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
