@@ -2,7 +2,7 @@
 
     python evaluation.py
     python evaluation.py --checkpoint models/best.ckpt --split train
-    python evaluation.py --checkpoint models/*.ckpt hand_ins/ --rank-by g_mean
+    python evaluation.py --checkpoint models hand_ins --rank-by g_mean
     python evaluation.py --checkpoint results/<data>/final.ckpt --show-mismatch
     python evaluation.py --checkpoint models/best.ckpt --image cat.jpg dog.png
 
@@ -35,6 +35,7 @@ from common.metrics import SCORE_TITLES
 from common.model import (
     ASSUMED_RANGE,
     COURSE_RANGE,
+    MAX_FILE_SIZE,
     Checkpoint,
     Classifier,
     choose_device,
@@ -64,7 +65,6 @@ MODELS_SHOWN = 60  # in the figure of a ranking
 IMAGES_SHOWN = 12  # in the figure of --image
 
 # Limits for files that other people hand in.
-MAX_CHECKPOINT_SIZE = 2**26  # bytes; the largest in models/ has 1.2 million
 MAX_ZIP_SIZE = 2**27  # bytes
 MAX_PER_ZIP = 10  # checkpoints
 SUFFIXES = (".ckpt", ".pt", ".pth")
@@ -291,7 +291,7 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
             loaded = load(source, arguments, alone=False)
             models.append(evaluate(source.name, loaded, dataset, arguments))
         except UserError as error:
-            reason = str(error).removeprefix(f"{source.name}: ")
+            reason = str(error).removeprefix(f"{source.name}: ").removeprefix(f"{source.path}: ")
             failed.append((source.name, one_line(reason)))
     if not models:
         name, reason = failed[0]
@@ -369,7 +369,7 @@ def name_predictions(models: list[Evaluated]) -> list[str]:
     for model in models:
         name = re.sub(r"[^\w.-]+", "_", model.name.removesuffix(".ckpt"))[:MAX_FILE_NAME]
         free = next(each for each in cli.numbered(name) if each.casefold() not in files)
-        files[free.casefold()] = f"predictions-{free}.csv"
+        files[free.casefold()] = f"ranking-predictions-{free}.csv"
     return list(files.values())
 
 
@@ -642,20 +642,18 @@ def read_source(source: Source) -> bytes:
         raise UserError(f"{name}: a folder without {', '.join(SUFFIXES)} or .zip files")
     if not path.is_file():
         raise UserError(f"{name}: no such file")
-    if path.suffix.lower() == ".zip" and not source.member:
+    if path.suffix.lower() != ".zip":
+        return cli.read_bytes(path, MAX_FILE_SIZE)
+    if not source.member:
         if path.stat().st_size > MAX_ZIP_SIZE or not zipfile.is_zipfile(path):
             raise UserError(f"{name}: broken, too large, or not a zip file")
         raise UserError(f"{name}: holds no checkpoint, or more than {MAX_PER_ZIP}")
     try:
-        if source.member:
-            content = _read_member(path, source.member)
-        else:
-            with path.open("rb") as file:
-                content = file.read(MAX_CHECKPOINT_SIZE + 1)
-    except Exception as error:  # not permitted, cut short, encrypted, made to harm, ...
+        content = _read_member(path, source.member)
+    except Exception as error:  # cut short, encrypted, made to harm, ...
         raise UserError(f"{name}: not readable") from error
-    if len(content) > MAX_CHECKPOINT_SIZE:
-        raise UserError(f"{name}: more than {MAX_CHECKPOINT_SIZE // 2**20} MB, too large")
+    if len(content) > MAX_FILE_SIZE:
+        raise UserError(f"{name}: more than {MAX_FILE_SIZE // 2**20} MB, too large")
     return content
 
 
@@ -664,7 +662,7 @@ def _read_member(path: Path, member: str) -> bytes:
         if archive.getinfo(member).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("a compression whose output can't be bounded while reading")
         with archive.open(member) as file:
-            return file.read(MAX_CHECKPOINT_SIZE + 1)
+            return file.read(MAX_FILE_SIZE + 1)
 
 
 # ---- the script -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 COURSE_RANGE = (-1.0, 1.0)  # of the course's pixels; its checkpoints (weights only) expect it
 PREDICTION_BATCH = 500
-MAX_FILE_SIZE = 2**28  # bytes, of a checkpoint; ours have up to 1.2 million
+MAX_FILE_SIZE = 2**26  # bytes, of a checkpoint; those in models/ have up to 1.2 million
 ASSUMED_RANGE = "assuming pixels in [-1, 1]; if it was trained on [0, 1], use --pixel-range 0,1"
 MAX_TTA_SHIFT = 8  # pixels: a larger shift loses much of the image
 MAX_PIXEL = 1000  # after normalization

@@ -11,7 +11,7 @@ import evaluation
 from common import metrics
 from common.cli import UserError
 from common.data import CLASS_NAMES, Dataset, to_float
-from common.model import build_model, predict_logits, save_checkpoint
+from common.model import MAX_FILE_SIZE, build_model, predict_logits, save_checkpoint
 
 import numpy as np
 import pytest
@@ -271,7 +271,7 @@ def hand_ins(dev_set) -> Path:
     (folder / "=1+1 $x$ \x1b[31m.ckpt").write_bytes(b"")
     (folder / "cut.zip").write_bytes((folder / "ann.zip").read_bytes()[:-100])
     write_zip(folder / "none.zip", {"readme.txt": b"no checkpoint"})
-    write_zip(folder / "bomb.zip", {"model.ckpt": bytes(evaluation.MAX_CHECKPOINT_SIZE + 1)})
+    write_zip(folder / "bomb.zip", {"model.ckpt": bytes(MAX_FILE_SIZE + 1)})
     write_zip(folder / "lzma.zip", {"model.ckpt": raw}, zipfile.ZIP_LZMA)
     write_zip(folder / "hostile.zip", {"model.ckpt": pickle.dumps(Hostile())})
     return folder
@@ -332,7 +332,7 @@ def test_ranking_files_are_right_and_safe_to_open(run_script, hand_ins):
     assert [int(row["rank"]) for row in evaluated] == [1, 1, 1, 1, 5, 6, 6, 6]
     assert {row["tied_with_best"] for row in evaluated[:5]} == {"yes"}
     assert {row["tied_with_best"] for row in evaluated[5:]} == {"no"}
-    predictions = sorted(Path("out").glob("predictions-*.csv"))
+    predictions = sorted(Path("out").glob("ranking-predictions-*.csv"))
     assert len(predictions) == len(evaluated)
     named = json.loads(Path("out/ranking.json").read_text())["models"]
     assert {each["predictions"] for each in named} == {path.name for path in predictions}
@@ -384,7 +384,9 @@ def test_each_model_has_a_file_of_predictions_with_its_name():
     names += [300 * "x" + end for end in ("y", "z.ckpt")]
     models = [evaluation.Evaluated(name, {}, None, {}) for name in names]
     expected = ["שרה", "דוד", "a_b", "A_b-2", "a_b-2-2", "a_b-3", 40 * "x", 40 * "x" + "-2"]
-    assert evaluation.name_predictions(models) == [f"predictions-{name}.csv" for name in expected]
+    assert evaluation.name_predictions(models) == [
+        f"ranking-predictions-{name}.csv" for name in expected
+    ]
 
 
 def test_few_of_equally_good_models_are_called_worse_than_the_best(monkeypatch):
