@@ -165,14 +165,17 @@ def find_earlier(
     """Return the training state of an earlier run with the same metadata, {} if there is none.
 
     Raises:
-        UserError: there is one with other settings, which would be overwritten, or a damaged one.
+        UserError: there is an unfinished one with other metadata, or a damaged one.
     """
     for file in (path.with_suffix(".unfinished.ckpt"), path):
         if file.exists():
             found = load_checkpoint(file)
             other = [key for key, value in metadata.items() if found.metadata.get(key) != value]
+            if other and file == path:
+                return {}  # it is overwritten, as without --resume
             if other:
-                described = " and ".join(other).replace("trained_on", "training set")
+                words = {"trained_on": "training set", "dev": "dev set"}
+                described = " and ".join(words.get(key, key) for key in other)
                 raise UserError(
                     f"{file}: comes from a run with another {described}; repeat that "
                     "run's command, or omit --resume to overwrite the file"
@@ -230,7 +233,7 @@ def summarize(runs: list[Trained], dev: Dataset, baseline: list[Trained]) -> dic
         "recipe": asdict(runs[0].recipe),
         "report": REPORT_SCORES.get(runs[0].recipe.name, {}),
         "comparison": compare(runs, baseline, dev) if baseline else None,
-        "runs": [entry_of(*each) for each in zip(runs, scores, strict=True)],
+        "runs": [run_entry(*each) for each in zip(runs, scores, strict=True)],
     }
 
 
@@ -241,7 +244,7 @@ def compare(runs: list[Trained], baseline: list[Trained], dev: Dataset) -> dict[
     return {"with": baseline[0].recipe.name, **found}
 
 
-def entry_of(run: Trained, scores: dict[str, Any]) -> dict[str, Any]:
+def run_entry(run: Trained, scores: dict[str, Any]) -> dict[str, Any]:
     """Return a run's entry in the JSON file: its scores, and its curves by epoch."""
     names = ("loss", *SCORE_TITLES, "recall")
     curves = {name: [epoch[name] for epoch in run.history] for name in names}
@@ -300,13 +303,12 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
+def draw_comparison(summaries: dict[str, dict[str, Any]], dev: Dataset) -> Figure:
     """Return a figure of all recipes: scores with 95% intervals, each seed, and the report's."""
     figure, axes = plots.new_figure(
         1, len(SCORE_TITLES), width=12, height=0.45 * len(summaries) + 2
     )
-    counts = np.sum(next(iter(summaries.values()))["runs"][0]["confusion"], axis=1)
-    always_car = metrics.scores(np.outer(counts, np.arange(len(counts)) == 0))
+    always_car = metrics.scores(metrics.confusion_matrix(dev.labels, torch.zeros_like(dev.labels)))
     ours, theirs = plots.PALETTE[0], plots.PALETTE[3]
     for ax, (score, title) in zip(axes, SCORE_TITLES.items(), strict=True):
         for place, summary in enumerate(summaries.values()):
@@ -317,7 +319,7 @@ def draw_comparison(summaries: dict[str, dict[str, Any]]) -> Figure:
             ax.plot(reported, place, "D", color=theirs, mfc="none", ms=8)
         ax.axvline(always_car[score], color="0.5", ls=":")
         names = list(summaries) if ax is axes[0] else [""] * len(summaries)
-        ax.set(title=title, xlim=(-0.02, 1), yticks=range(len(summaries)), yticklabels=names)
+        ax.set(title=title, xlim=(-0.02, 1.02), yticks=range(len(summaries)), yticklabels=names)
         ax.invert_yaxis()
         ax.grid(axis="x", alpha=0.3)
     axes[0].plot([], [], "o-", color=ours, label="ours: each seed; 95% interval of the first")
@@ -334,10 +336,10 @@ def choose_recipes(arguments: argparse.Namespace) -> list[Recipe]:
     """Return the recipes that the options ask for."""
     if arguments.settings:
         recipes = [read_settings(arguments.settings)]
-    elif arguments.recipe == "all":
-        recipes = [*REPORT_RECIPES.values(), TUNED]
     else:
-        names = (arguments.recipe or FINAL.name).split(",")
+        names = []
+        for name in (arguments.recipe or FINAL.name).split(","):
+            names += [*REPORT_RECIPES, TUNED.name] if name == "all" else [name]
         for name in names:
             if name not in RECIPES:
                 raise UserError(f"--recipe {name}: not one of {', '.join(RECIPES)}, all")
@@ -418,7 +420,7 @@ def main() -> None:
             text = metrics.format_predictions(dev.labels, run.logits)
             results.save_text(f"predictions-{run.checkpoint.stem}.csv", text)
     if len(recipes) > 1:
-        results.save_figure("training-recipes", draw_comparison(summaries))
+        results.save_figure("training-recipes", draw_comparison(summaries, dev))
     results.save_json("training", {"recipes": summaries})
     print_summaries(summaries)
     results.print_written()

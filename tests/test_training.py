@@ -189,7 +189,7 @@ def test_a_run_is_the_same_alone_and_among_others(run_training, small_batches, n
     [
         ("magic", "--recipe magic: not one of naive, weight-decay, "),
         ("naive,", "--recipe : not one of"),
-        ("naive,all", "--recipe all: not one of"),
+        ("all,magic", "--recipe magic: not one of"),
     ],
 )
 def test_an_unknown_recipe_is_answered_with_the_known_ones(run_training, recipes, message):
@@ -206,6 +206,11 @@ def test_recipes_that_no_option_names():
 
     assert chosen() == [RECIPES["final"]]
     assert chosen(("recipe", "all")) == [*REPORT_RECIPES.values(), TUNED]
+    assert chosen(("recipe", "all,best,naive")) == [
+        *REPORT_RECIPES.values(),
+        TUNED,
+        RECIPES["best"],
+    ]
     assert chosen(("recipe", "best"), ("epochs", 3)) == [replace(RECIPES["best"], epochs=3)]
     (quick,) = chosen(("recipe", "best"), ("quick", True))
     assert (quick.epochs, quick.label_filter.epochs) == (2, 2)
@@ -289,7 +294,7 @@ def test_comparison_shows_each_seed_the_interval_and_the_reports_score(dev):
     recipe = replace(NAIVE, epochs=1)
     runs = [fake_run(recipe, seed, dev, wrong) for seed, wrong in ((0, 5), (1, 10))]
     summary = summary_of(runs, dev)
-    ax = training.draw_comparison({"naive": summary}).axes[0]
+    ax = training.draw_comparison({"naive": summary}, dev).axes[0]
     interval, ours, theirs = ax.lines[:3]
     assert interval.get_xdata().tolist() == summary["interval"]["accuracy"]
     assert ours.get_xdata() == pytest.approx([55 / 60, 50 / 60])
@@ -353,18 +358,33 @@ def test_a_resumed_run_ends_with_the_numbers_of_one_that_was_never_stopped(
     assert without_times(numbers_of()) == resumed
 
 
-def test_resuming_with_other_settings_is_refused_and_changes_nothing(run_training, no_figures):
-    assert run_training("--recipe", "naive", "--epochs", 1)[0] == 0
-    before = Path("out/naive.ckpt").read_bytes()
-    status, _, error = run_training("--recipe", "naive", "--epochs", 2, "--resume")
+def test_resuming_with_other_settings_is_refused_and_changes_nothing(
+    run_training, interrupted, no_figures
+):
+    assert run_training("--recipe", "naive", "--epochs", 3)[0] == 130
+    unfinished = Path("out/naive.unfinished.ckpt")
+    before = unfinished.read_bytes()
+    status, _, error = run_training("--recipe", "naive", "--epochs", 4, "--resume")
     assert status == 2
-    assert error.startswith("error: out/naive.ckpt: comes from a run with another recipe; ")
+    assert error.startswith(f"error: {unfinished}: comes from a run with another recipe; ")
     assert error.count("\n") == 1
-    assert Path("out/naive.ckpt").read_bytes() == before
-    torch.save({"model_state_dict": build_model().state_dict()}, "out/naive.ckpt")
-    status, _, error = run_training("--recipe", "naive", "--epochs", 1, "--resume")
+    assert unfinished.read_bytes() == before
+    torch.save({"model_state_dict": build_model().state_dict()}, unfinished)
+    status, _, error = run_training("--recipe", "naive", "--epochs", 3, "--resume")
     assert status == 2
-    assert "from a run with another recipe and seed and device and training set and dev" in error
+    assert (
+        "from a run with another recipe and seed and device and training set and dev set" in error
+    )
+
+
+def test_a_finished_run_with_other_settings_does_not_keep_stopped_ones_from_resuming(
+    run_training, interrupted, no_figures
+):
+    assert run_training("--recipe", "strict-sampler", "--epochs", 1)[0] == 0
+    both = ("--recipe", "naive,strict-sampler", "--epochs", 3)
+    assert run_training(*both)[0] == 130  # in the first epoch of naive
+    assert run_training(*both, "--resume")[0] == 0
+    assert interrupted == [1, 1, 2, 3, 1, 2, 3]
 
 
 def assert_damaged(run, path, damages):
@@ -414,17 +434,17 @@ def test_a_damaged_state_of_a_stopped_run_is_refused(run_training, interrupted, 
     assert_damaged(lambda *more: run_training(*options, *more), path, damages)
 
 
-def test_finished_runs_are_not_resumed_with_other_dev_images(
-    run_training, run_script, course_folder, no_figures, tmp_path
+def test_stopped_runs_are_not_resumed_with_other_dev_images(
+    run_training, run_script, course_folder, interrupted, no_figures, tmp_path
 ):
-    assert run_training("--recipe", "naive", "--epochs", 1)[0] == 0
+    assert run_training("--recipe", "naive", "--epochs", 3)[0] == 130
     other = tmp_path / "other" / course_folder.name
     shutil.copytree(course_folder, other)
     write_course_pickle(other / "dev.pickle", make_dataset("dev", (4, 3, 3)))
-    options = ("--data", other, "--out", "out", "--recipe", "naive", "--epochs", 1, "--resume")
+    options = ("--data", other, "--out", "out", "--recipe", "naive", "--epochs", 3, "--resume")
     status, _, error = run_script(training, *options)
     assert status == 2
-    assert "from a run with another dev; " in error
+    assert "from a run with another dev set; " in error
 
 
 def test_labels_are_filtered_once_and_a_resumed_run_keeps_them(
