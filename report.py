@@ -53,8 +53,9 @@ SECONDS_FOR_CTRL_C = 2.0  # that a script is given to stop by itself
 CODE = "common/*.py data/*.py models/*.ckpt label_review.html"
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
-    "*.py *.html README.md requirements*.txt pyproject.toml Makefile LICENSE common/*.py "
-    "data/*.py data/README.md models/*.ckpt docs/*.md docs/*.png tests/*.py benchmarks/*.py"
+    "*.py *.html README.md LICENSE Makefile pyproject.toml requirements*.txt "
+    "constraints-oldest.txt common/*.py data/*.py data/README.md models/*.ckpt docs/*.md "
+    "docs/*.png tests/*.py benchmarks/*.py"
 )
 
 
@@ -80,18 +81,18 @@ class Step:
         return self.command.split()[0]
 
 
-RECIPE = "training.py --recipe"
+TRAIN = "training.py --recipe"
 ATTACK = "adversarial.py --checkpoint {recipes}/final.ckpt"
 STEPS = (
     Step("data", "1. What is in the data", 17, "inspectData.py"),
     Step("pre-trained", "2. The pre-trained model", 9, "evaluation.py"),
     Step("label-errors", "3c. Which labels are wrong", 300, "label_errors.py"),
-    Step("recipes", "3. The report's recipes, and tuned", 285, f"{RECIPE} all", all_seeds=True),
+    Step("recipes", "3. The report's recipes, and tuned", 285, f"{TRAIN} all", all_seeds=True),
     Step(
         "corrected-labels",
         "3c. The final recipe with corrected labels",
         70,
-        RECIPE + " final --labels {labels}",
+        TRAIN + " final --labels {labels}",
         all_seeds=True,
     ),
     Step(
@@ -100,11 +101,11 @@ STEPS = (
         10,
         "evaluation.py --show-mismatch --checkpoint {recipes}/final.ckpt",
     ),
-    Step("best", "3. The recipe best", 590, f"{RECIPE} best", all_seeds=True, full=True),
+    Step("best", "3. The recipe best", 590, f"{TRAIN} best", all_seeds=True, full=True),
     Step("tuning", "3i. A search for settings", 750, "tuning.py", full=True),
     Step("model", "The model to hand in", 10, "evaluation.py --checkpoint {checkpoint}"),
     Step("learning-rates", "4. Learning rates", 80, "lr_analysis.py", all_seeds=True),
-    Step("robust", "5. The recipe robust", 730, f"{RECIPE} robust", full=True),
+    Step("robust", "5. The recipe robust", 730, f"{TRAIN} robust", full=True),
     Step("attacks", "5. Attacks", 47, ATTACK, full=False),
     Step("attacks", "5. Attacks", 150, ATTACK + " --robust {robust}/robust.ckpt", full=True),
 )
@@ -211,8 +212,9 @@ class Report:
         if resume and "--recipe" in options:
             options = [*options, "--resume"]
         else:
-            for checkpoint in folder.glob("*.ckpt"):  # or a later --resume would continue them
-                checkpoint.unlink()
+            # A later --resume would continue these checkpoints, a hand-in pack these predictions.
+            for old in (*folder.glob("*.ckpt"), *folder.glob("predictions*.csv")):
+                old.unlink()
         cli.write_json(folder / "step.json", origin | {"seconds": None})
         with (folder / "printed.txt").open("wb") as printed:
             run_script(step.script, options, printed)
@@ -247,7 +249,7 @@ class Report:
         labels = self.dev.labels.numpy()
         predicted = read_predictions(self.paths["model"] / "predictions.csv", self.dev)
         path = self.paths["data"] / "inspectData.json"
-        with step_file(path):
+        with explain_unreadable(path):
             pairs = cli.read_json(path)["near_duplicates"]
             others = np.delete(np.arange(len(labels)), [pair["dev"] for pair in pairs])
         whole = len(np.unique(labels[others])) == len(CLASS_NAMES)  # else there is no G-mean
@@ -257,9 +259,9 @@ class Report:
     def write_page(self) -> Path:
         """Write the page; return its path."""
         path, files = self.folder / "index.html", Files(self.folder / "steps")
-        facts = {"about": self.about(), "machine": describe_machine()}
+        about, machine = self.about(), describe_machine()
         try:
-            page = cli.render("report.html", report=self, files=files, **facts)
+            page = cli.render("report.html", report=self, files=files, about=about, machine=machine)
         except Exception as error:  # of any kind, if somebody has edited a file
             if files.latest is None:
                 raise
@@ -271,15 +273,19 @@ class Report:
         """Return what the page and AUTHOR.txt say about the work and its author."""
         path, labels = self.paths["checkpoint"], self.paths["labels"]
         metadata = load_checkpoint(path, self.arguments.pixel_range).metadata
-        settings = metadata.get("recipe")
-        settings = settings.items() if isinstance(settings, dict) else []
+        recipe = metadata.get("recipe")
+        settings = dict(recipe) if isinstance(recipe, dict) else {}
+        if isinstance(label_filter := settings.get("label_filter"), dict):
+            settings["label_filter"] = label_filter.get("name")
         corrections = read_corrections(labels, self.train)
         accepted = sum(correction.accept for correction in corrections)
         return {
             "author": cli.one_line(self.arguments.author) or "not named",
             "model": f"{path.name}, {describe_checkpoint(metadata)}",
             "settings": ", ".join(
-                f"{key} {cli.safe_repr(value)}" for key, value in settings if value
+                f"{key} {cli.safe_repr(value)}"
+                for key, value in settings.items()
+                if value is not None and value is not False
             ),
             "label corrections": f"{labels.name}, {accepted} of {len(corrections)} accepted",
             "command": shlex.join(["python", "report.py", *sys.argv[1:]]),
@@ -289,7 +295,10 @@ class Report:
         """Return the files to hand in, by their path in the zip file."""
         found = [file for pattern in PACKED.split() for file in PROJECT.glob(pattern)]
         files = {file.relative_to(PROJECT): file for file in found if file.is_file()}
-        for file in (self.folder / "steps").rglob("*"):
+        results = [self.folder / "steps/comparisons.json"]
+        for step in self.steps:  # not those of a longer report that was made here before
+            results += self.paths[step.name].iterdir()
+        for file in results:
             # Without step.json files, `make report` runs all steps again.
             if file.suffix in (".json", ".csv") and file.name != "step.json":
                 files["report" / file.relative_to(self.folder)] = file
@@ -372,7 +381,7 @@ def lock(folder: Path) -> AcquireReturnProxy:
 
 
 @contextlib.contextmanager
-def step_file(path: Path) -> Iterator[None]:
+def explain_unreadable(path: Path) -> Iterator[None]:
     """If a step's file can't be read, say how to make a new one.
 
     Raises:
@@ -391,7 +400,7 @@ def unreadable(path: Path) -> UserError:
 
 def read_predictions(path: Path, dataset: Dataset) -> np.ndarray:
     """Return the predicted classes [N] of a predictions file of a data set."""
-    with step_file(path):
+    with explain_unreadable(path):
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         if [row["label"] for row in rows] != [CLASS_NAMES[label] for label in dataset.labels]:

@@ -128,7 +128,9 @@ class FakeScripts:
                 name = recipe if run.seed == seeds[0] else f"{recipe}-seed{run.seed}"
                 text = metrics.format_predictions(self.dev.labels, run.logits)
                 (self.out / f"predictions-{name}.csv").write_text(text)
-            about = {"recipe": {"name": recipe, "epochs": 2}, "seed": seeds[0]}
+            settings = {"epochs": 2, "augment_from": 0, "cutout": 0, "sampler": None}
+            settings |= {"tta_flip": False, "label_filter": {"name": "filter"}}
+            about = {"recipe": {"name": recipe, **settings}, "seed": seeds[0]}
             about["trained_on"] = {"name": self.train.name}
             torch.manual_seed(0)
             save_checkpoint(self.out / f"{recipe}.ckpt", build_model(), about)
@@ -262,7 +264,7 @@ def test_page_shows_what_the_json_files_hold(options, make_report, tmp_path):
     assert ("One seed" in text) == ("--seed" not in options)
     assert ("tuning.py</code> tried" in text) == ("--full" in options)
     assert "Figure 1." in text
-    assert "<code>evaluation.py --show-mismatch</code>" in text
+    assert "<code>evaluation.py --show-mismatch --checkpoint recipes/final.ckpt</code>" in text
 
 
 def test_page_names_the_command_that_ran(make_report, tmp_path, course_folder):
@@ -515,7 +517,7 @@ def test_mistakes_are_told_before_any_work(options, message, make_report, script
 
 
 def test_zip_holds_all_that_is_needed_and_no_images(make_report, tmp_path):
-    make_report()
+    make_report("--full", "--seed", "0,1")
     os.utime(tmp_path / "out/steps/label-errors/label_corrections.csv", (0, 0))  # before 1980
     (tmp_path / "out/steps/data/secret.png").write_bytes(b"")
     status, printed, _ = make_report("--hand-in", "work.zip", "--author", "Ada\x1b L.")
@@ -539,8 +541,11 @@ def test_zip_holds_all_that_is_needed_and_no_images(make_report, tmp_path):
     for title, *_ in Page(page.decode()).numbers:
         assert f"work/report/steps/{title.split(': ')[0]}" in names
     assert not any(name.endswith("step.json") for name in names)
+    assert not any("steps/best" in name or "seed1" in name for name in names)  # earlier report's
     assert "author: Ada\N{REPLACEMENT CHARACTER} L.\n" in about
     assert "model: tuned.ckpt, recipe tuned, 2 epochs, seed 0, trained on course\n" in about
+    settings = "name 'tuned', epochs 2, augment_from 0, cutout 0, label_filter 'filter'"
+    assert f"settings: {settings}\n" in about
     assert "--hand-in work.zip --author" in about
 
 
