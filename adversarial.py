@@ -135,7 +135,7 @@ def attack_all(
 
         images = attacks.in_batches(attacks.fgsm, model, clean, dev.labels, epsilon=epsilon)
         found["fgsm"][key] = Attacked(epsilon, images, predict_logits(model, images)[None])
-        # Images that PGD fooled with a smaller epsilon stay fooled: only the others are attacked.
+        # Where PGD succeeded with a smaller epsilon, its image is kept; the others are attacked.
         after_pgd = after_pgd.clone()
         after_pgd[correct] = attacks.in_batches(
             attacks.pgd, model, clean[correct], dev.labels[correct], epsilon=epsilon, steps=steps
@@ -202,12 +202,12 @@ def summarize_attack(labels: Tensor, before: Tensor, attacked: Attacked) -> dict
 def summarize_run(labels: Tensor, before: Tensor, after: Tensor) -> dict[str, Any]:
     """Return scores, and the success rate over the images that were classified correctly."""
     correct = before == labels
-    fooled, total = int((after != labels)[correct].sum()), int(correct.sum())
+    succeeded, total = int((after != labels)[correct].sum()), int(correct.sum())
     scores = metrics.evaluate(labels, after)
     scores["success_rate"] = scores["interval"]["success_rate"] = None
     if total:
-        scores["success_rate"] = fooled / total
-        scores["interval"]["success_rate"] = list(metrics.wilson_interval(fooled, total))
+        scores["success_rate"] = succeeded / total
+        scores["interval"]["success_rate"] = list(metrics.wilson_interval(succeeded, total))
     return scores
 
 
@@ -231,12 +231,13 @@ def print_summaries(numbers: dict[str, Any]) -> None:
     for attack, scores in REPORT_ATTACKS.items():
         rows.append(["report", *attack, *(scores.get(name, "") for name in SCORE_TITLES), "", ""])
     columns = ["model", "attack", "epsilon", *SCORE_TITLES.values()]
-    cli.print_table([*columns, "success rate", "most predicted"], rows)
+    cli.print_table([*columns, "attack success rate", "most predicted"], rows)
     cli.say(
-        "\nIn brackets: 95% intervals. Success rate: over the images classified correctly without"
-        "\nan attack. All else: over all images (the report's FGSM leaves out misclassified ones)."
-        "\nRandom noise and universal perturbations: mean of several seeds ± standard deviation. A"
-        "\nuniversal perturbation that does not lower the balanced accuracy on train is set to 0."
+        "\nIn brackets: 95% intervals. Attack success rate: over the images classified correctly"
+        "\nwithout an attack. All else: over all images (the report's FGSM leaves out misclassified"
+        "\nones). Random noise and universal perturbations: mean of several seeds ± standard"
+        "\ndeviation. A universal perturbation that does not lower the balanced accuracy on train"
+        "\nis set to 0."
     )
     for epsilon, comparison in numbers.get("comparison", {}).get("pgd", {}).items():
         cli.say(f"PGD with epsilon {epsilon}, balanced accuracy of robust: {comparison['text']}")
@@ -317,9 +318,9 @@ def choose_epsilons(found: dict[str, Attacked]) -> dict[str, Attacked]:
 
 def choose_examples(labels: Tensor, before: Tensor, after: Tensor) -> list[int]:
     """Return a few images on which the attack succeeded, alternating classes, as in the report."""
-    fooled = (before == labels) & (after != labels)
+    succeeded = (before == labels) & (after != labels)
     members = [
-        torch.nonzero(fooled & (labels == label)).flatten().tolist()
+        torch.nonzero(succeeded & (labels == label)).flatten().tolist()
         for label in range(len(CLASS_NAMES))
     ]
     in_turn = chain.from_iterable(zip_longest(*members))
@@ -354,13 +355,13 @@ def describe_scale(attacked: Attacked) -> str:
     return "none found" if none else f"times {1 / (2 * attacked.epsilon):.3g}"
 
 
-def draw_rows(title: str, rows: dict[str, list[Cell]], fooled: bool) -> Figure:
+def draw_rows(title: str, rows: dict[str, list[Cell]], has_examples: bool) -> Figure:
     """Return a figure of labeled rows of images and maps, each under its caption.
 
     Args:
-        fooled: whether there are examples to show.
+        has_examples: whether the attack succeeded on any image.
     """
-    title = title if fooled else f"{title} (no image was fooled)"
+    title = title if has_examples else f"{title} (the attack succeeded on no image)"
     columns = max([1, *map(len, rows.values())])
     width = max(4, columns)  # a title needs some width too
     figure, axes = plots.new_figure(
@@ -470,10 +471,10 @@ def load_all(
     return loaded
 
 
-def draw_all(
+def save_figures(
     results: Results, dev: Dataset, targets: dict[str, Target], summaries: dict[str, Any]
 ) -> None:
-    """Draw the report's figures 4 and 5 for the plain model, and others."""
+    """Write the report's figures 4 and 5, of the plain model, and others."""
     plain = targets["plain"]
     results.save_figure("4-fgsm", draw_fgsm(dev, plain))
     if "universal" in plain.attacks:
@@ -552,7 +553,7 @@ def main() -> None:
     if "robust" in targets:
         numbers["comparison"] = compare(targets["robust"], targets["plain"], dev.labels)
     results.save_json("adversarial", numbers)
-    draw_all(results, dev, targets, summaries)
+    save_figures(results, dev, targets, summaries)
     print_summaries(numbers)
     results.print_written()
 

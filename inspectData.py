@@ -3,8 +3,9 @@
     python inspectData.py
     python inspectData.py --export my_images      (then correct labels by moving files)
 
-Counts the classes, tests whether they are in random order and whether dev has the same class
-fractions as train, and shows outliers and near-duplicates within train, within dev and across both.
+Counts the classes, tests whether class and position in the file are independent and whether dev
+has the same class fractions as train, and shows outliers and near-duplicates within train, within
+dev and across both.
 """
 
 import shutil

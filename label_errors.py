@@ -81,7 +81,8 @@ def find_corrections(dataset: Dataset, posterior: np.ndarray) -> list[Correction
 def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
     """Return the corrections that a person has reviewed or edited, by their index.
 
-    A file for other data is renamed; it gets its name back when this script returns to its data.
+    A file made for other data is renamed; it gets its name back when this script runs on that data
+    again.
 
     Raises:
         UserError: the file is broken.

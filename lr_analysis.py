@@ -101,7 +101,7 @@ def verdict(rate: float, curves: Mapping[float, np.ndarray]) -> str:
     if step:
         return f"too high: diverges at step {step}"
     if best is None:
-        return "does not get below chance level; no rate here does"
+        return "does not get clearly below chance level; no rate here does"
     if rate == best:
         return "the best of these"
     reduction, most = (CHANCE_LOSS - final_loss(curves[each]) for each in (rate, best))
@@ -232,7 +232,7 @@ def draw_range_test(
 # ---- the script -----------------------------------------------------------------------------
 
 
-def analyze_rates(
+def train_at_rates(
     rates: list[float], recipe: Recipe, dataset: Dataset, seeds: list[int], device: torch.device
 ) -> dict[float, np.ndarray]:
     """Train at each rate with each seed, in parallel; return losses [seeds, steps] by rate."""
@@ -241,7 +241,7 @@ def analyze_rates(
     return dict(zip(rates, np.array(losses).reshape(len(rates), len(seeds), -1), strict=True))
 
 
-def analyze_range(
+def run_range_test(
     recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, best: float | None
 ) -> dict[str, Any]:
     """Run the range test with a new model; return its entry in the JSON file."""
@@ -308,9 +308,9 @@ def main() -> None:
     recipe = with_epochs(RECIPE, arguments.epochs, arguments.quick)
 
     rates = list(dict.fromkeys(arguments.rates))
-    curves = analyze_rates(rates, recipe, dataset, arguments.seed, device)
+    curves = train_at_rates(rates, recipe, dataset, arguments.seed, device)
     best = best_rate(curves)
-    tested = analyze_range(recipe, dataset, arguments.seed[0], device, best)
+    tested = run_range_test(recipe, dataset, arguments.seed[0], device, best)
 
     by_rate = summarize_rates(curves)
     numbers = {"model": MODEL, "recipe": asdict(recipe), "rates": by_rate, "range_test": tested}

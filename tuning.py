@@ -97,7 +97,7 @@ def g_mean(labels: Tensor, logits: Tensor) -> float:
     return metrics.scores(confusion)["g_mean"].item()
 
 
-def check(
+def compare_on_held_out(
     default: Recipe,
     best: Recipe,
     searched: Dataset,
@@ -174,7 +174,7 @@ def make_sampler(study: optuna.Study, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=int(sequence.generate_state(1)[0]))
 
 
-def numbers_of(study: optuna.Study, recipe: Recipe) -> dict[str, Any]:
+def search_entry(study: optuna.Study, recipe: Recipe) -> dict[str, Any]:
     """Return a search's entry in the JSON file."""
     trials = [
         {
@@ -365,12 +365,12 @@ def main() -> None:
     with storage_errors(database):
 
         def save() -> None:  # after each trial, so that intermediate results can be used
-            results.save_json("tuning", numbers_of(study, recipe))
+            results.save_json("tuning", search_entry(study, recipe))
 
         search(study, recipe, trials, score, seed, save)
-        numbers = numbers_of(study, recipe)
+        numbers = search_entry(study, recipe)
     best = replace(recipe, **numbers["best"]["settings"])
-    numbers["check"] = check(recipe, best, searched, held_out, seed, device)
+    numbers["check"] = compare_on_held_out(recipe, best, searched, held_out, seed, device)
     results.save_json("tuning", numbers)
     results.save_figure("tuning", draw_search(numbers))
     print_trials(numbers["trials"])

@@ -49,7 +49,7 @@ BEFORE = torch.tensor([0, 0, 0, 1, 1, 1, 2, 0])  # 6 of 8 correct
 
 
 def test_scores_are_over_all_images_and_success_over_those_correct_before():
-    attacked = predicting([0, 0, 1, 0, 1, 0, 2, 0])  # 5 of 8 correct; 2 of the 6 fooled
+    attacked = predicting([0, 0, 1, 0, 1, 0, 2, 0])  # 5 of 8 correct; it succeeds on 2 of the 6
     summary = summarize_attack(LABELS, BEFORE, attacked)
     assert summary["accuracy"] == pytest.approx(5 / 8)
     assert summary["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2 + 1 / 2) / 3)
@@ -131,7 +131,7 @@ def test_more_expensive_models_are_attacked_on_fewer_images(dev):
 # ---- figures --------------------------------------------------------------------------------
 
 
-def test_examples_are_fooled_images_with_the_classes_in_turn():
+def test_examples_are_images_on_which_the_attack_succeeded_with_the_classes_in_turn():
     labels = torch.tensor([0, 0, 0, 0, 1, 2, 2, 1])
     before = torch.tensor([0, 0, 0, 0, 1, 2, 2, 0])
     after = torch.tensor([0, 1, 1, 1, 0, 0, 2, 2])
@@ -187,12 +187,12 @@ def test_each_attack_has_a_curve_of_its_own(model, train, dev, monkeypatch):
         assert len(ax.lines) == len(curves) + seeds
 
 
-def test_figures_say_so_where_nothing_was_fooled(model, dev):
+def test_figures_say_so_where_the_attack_never_succeeded(model, dev):
     target = Target(model, {}, predict_logits(model, dev.images), {})
     unchanged = Attacked(0.1, to_float(dev.images), target.logits[None])
     target.attacks["fgsm"] = {"0.1": unchanged}
     figure = adversarial.draw_fgsm(dev, target)
-    assert "no image was fooled" in " ".join(figure.get_suptitle().split())
+    assert "the attack succeeded on no image" in " ".join(figure.get_suptitle().split())
 
 
 # ---- the script -----------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_script_without_training_set_leaves_universal_perturbations_out(
 def test_pixel_range_is_that_of_both_bare_checkpoints(
     run_script, course_folder, checkpoint, model, dev, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(adversarial, "draw_all", lambda *_: None)
+    monkeypatch.setattr(adversarial, "save_figures", lambda *_: None)
     (course_folder / "train.pickle").unlink()  # or fitting universal perturbations takes seconds
     bare = tmp_path / "bare.pt"  # of a model that was trained on [-1, 1]
     torch.save({"model_state_dict": model.state_dict()}, bare)

@@ -73,7 +73,7 @@ def test_verdicts_in_words():
 
 def test_no_rate_is_best_where_none_learns_or_all_diverge():
     words = verdicts({0.5: [CHANCE_LOSS] * 20, 0.1: [float("nan")] * 20})
-    assert words[0.5] == "does not get below chance level; no rate here does"
+    assert words[0.5] == "does not get clearly below chance level; no rate here does"
     assert words[0.1] == "too high: diverges at step 1"
 
 
@@ -306,7 +306,7 @@ def test_script_writes_a_verdict_for_each_rate(run_script, course_folder, tmp_pa
     tested = numbers["range_test"]
     assert tested["explanation"] in printed
     train = open_data(str(course_folder)).load("train")
-    again = lr_analysis.analyze_range(RECIPE, train, 0, CPU, None)  # with the first seed
+    again = lr_analysis.run_range_test(RECIPE, train, 0, CPU, None)  # with the first seed
     assert again["losses"] == tested["losses"]
     assert numbers["range_test"].keys() >= {"rates", "losses", "suggestion"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

@@ -88,7 +88,7 @@ def test_trials_in_the_file_count_when_a_search_is_started_again(tmp_path):
 
 def test_search_reports_after_each_trial(study):
     seen = []
-    report = lambda: seen.append(len(tuning.numbers_of(study, TUNED)["trials"]))  # noqa: E731
+    report = lambda: seen.append(len(tuning.search_entry(study, TUNED)["trials"]))  # noqa: E731
     search(study, TUNED, 3, best_near_a_third, 0, report)
     assert seen == [1, 2, 3]
 
@@ -190,7 +190,7 @@ def test_check_compares_both_recipes_on_the_images_left_aside(monkeypatch):
             yield torch.eye(3)[torch.where(right, held_out.labels, (held_out.labels + 1) % 3)]
 
     monkeypatch.setattr(tuning, "parallel_map", right_or_half_right)
-    found = tuning.check(TUNED, best, searched, held_out, 7, torch.device("cpu"))
+    found = tuning.compare_on_held_out(TUNED, best, searched, held_out, 7, torch.device("cpu"))
     assert seen == [(recipe, seed) for recipe in (TUNED, best) for seed in (7, 8, 9)]
     assert found["best"] == {"g_mean": 1.0, "runs": [1.0] * 3}
     own = found["default"]
@@ -354,7 +354,7 @@ def test_an_error_of_the_training_is_not_taken_for_one_of_the_database(
 
 def test_figure_marks_the_recipe_and_the_best(study):
     search(study, TUNED, 6, best_near_a_third, seed=0)
-    numbers = tuning.numbers_of(study, TUNED)
+    numbers = tuning.search_entry(study, TUNED)
     history, *settings = tuning.draw_search(numbers).axes
     assert list(np.diff(history.lines[0].get_ydata()) >= 0) == [True] * 5
     scores = [trial["g_mean"] for trial in numbers["trials"]]
