@@ -11,6 +11,7 @@ from common.data import open_data, to_float
 from common.metrics import evaluate
 from common.model import (
     COURSE_RANGE,
+    MAX_FILE_SIZE,
     NETWORKS,
     Normalize,
     autocast,
@@ -170,9 +171,17 @@ def test_prediction_is_the_same_for_uint8_for_float_and_in_other_batches(monkeyp
 
 def test_device_that_is_not_there_is_named():
     assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(UserError, match="--device abacus: not on this machine, which has cpu"):
         choose_device("abacus")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "kind"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_auto_prefers_cuda_then_mps_then_the_cpu(cuda, mps, kind, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    assert choose_device("auto") == torch.device(kind)
 
 
 # ---- checkpoints that are taken -------------------------------------------------------------
@@ -762,8 +771,8 @@ def test_files_that_can_not_be_read_are_named(tmp_path):
         with pytest.raises(UserError, match=f"^{path}: {reason}"):
             load_checkpoint(path)
     with (tmp_path / "large").open("wb") as file:
-        file.truncate(2**28 + 1)
-    with pytest.raises(UserError, match="large: is larger than 256 MB"):
+        file.truncate(MAX_FILE_SIZE + 1)
+    with pytest.raises(UserError, match="large: is larger than 64 MB"):
         load_checkpoint(tmp_path / "large")
     with pytest.raises(UserError, match=r"^a.zip/it.ckpt: not a file of torch.save, or cut short"):
         load_checkpoint(b"text", name="a.zip/it.ckpt")
