@@ -180,7 +180,7 @@ def render_review(dataset: Dataset, corrections: Sequence[Correction]) -> str:
     """Return the page on which a person accepts or rejects, as one HTML file."""
     return cli.render(
         "label_review.html",
-        name=cli.clean(dataset.name),
+        name=dataset.name,
         file=FILE,
         class_names=CLASS_NAMES,
         class_counts=dataset.class_counts,

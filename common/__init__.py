@@ -11,8 +11,8 @@ from typing import Any
 
 # Figures go to files. The backend that Jupyter or Colab sets may not be installed here.
 os.environ["MPLBACKEND"] = "agg"
-# By default, waiting threads of torch spin, and stall when other processes are busy. Sleeping at
-# once would cost a fifth of the speed of two threads, so GNU's threads spin for some 40 µs first.
+# By default, torch's threads spin while they wait, which slows them down when other processes are
+# busy. If they slept at once, two threads would be a fifth slower: GNU's spin for some 40 µs first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Macs: what torch's older versions can't compute on the GPU (mixup's fractions), the CPU does.

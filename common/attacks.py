@@ -167,8 +167,8 @@ def universal_perturbation(
     """Fit one perturbation for all images (Moosavi-Dezfooli et al., 2017; Shafahi et al., 2020).
 
     It starts at random in the epsilon ball. Each step increases the clamped loss of a batch, then
-    projects onto the ball. Batches are class-balanced: otherwise, fooling the model on cars alone
-    would be enough.
+    projects onto the ball. Batches are class-balanced: otherwise, success on cars alone would
+    be enough.
 
     Args:
         dataset: training images; on images that it was fitted to, it looks stronger than it is.
@@ -211,7 +211,7 @@ def _draw_per_class(labels: Tensor, count: int) -> Tensor:
 def _random_view(model: Classifier, images: Tensor) -> Tensor:
     """Return the logits of one random view instead of test-time augmentation.
 
-    Their gradient is the same in expectation (Athalye et al., 2018), at a fraction of the time.
+    Their gradient is the same in expectation (Athalye et al., 2018), in a fraction of the time.
     """
     views = model.views(images)
     return model.single_view(views[torch.randint(len(views), ())])

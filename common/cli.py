@@ -26,9 +26,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 MAX_EPOCHS = 10_000
 MAX_JSON_SIZE = 2**25  # bytes
-MAX_FOLDER_NAME = 60  # characters; of four bytes each, 63 fill the longest possible name
+MAX_FOLDER_NAME = 60  # characters: if each has four bytes, no name can have more than 63
 FIGURE_DPI = 150
-PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib")
+PACKAGES = (
+    *("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib", "pillow", "optuna"),
+)
 OWNER = "data_folder.txt"  # in each results folder: the path of its data
 PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
 
@@ -371,6 +373,8 @@ class Results:
     def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
         quick = "-quick" if arguments.quick else ""  # a dry run must not overwrite real results
         owner = data.get("path", "")
+        if owner and Path(owner).is_relative_to(Path.cwd()):  # both may be moved together
+            owner = str(Path(owner).relative_to(Path.cwd()))
         self.folder = arguments.out or _free_folder(data["name"][:MAX_FOLDER_NAME] + quick, owner)
         self.settings = vars(arguments)
         self.data = {key: value for key, value in data.items() if key != "path"}  # it is private
@@ -416,8 +420,8 @@ class Results:
         kind = " (drawn by the project, no photographs)" if self.data["name"] == "synthetic" else ""
         prints = [f"{split} {each['fingerprint']}" for split, each in self.data["splits"].items()]
         line = clean(f"{quick}Data: {self.data['name']}{kind}, {', '.join(prints)}")
-        line = line.replace("$", r"\$")  # a $ would start a formula
-        figure.supxlabel(line, x=0.01, ha="left", fontsize=7, color="0.4")
+        style = {"ha": "left", "fontsize": 7, "color": "0.4", "parse_math": False}
+        figure.supxlabel(line, x=0.01, **style)
         with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks
             self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=FIGURE_DPI))
             if not any(ax.images for ax in figure.axes):

@@ -218,7 +218,7 @@ def _open_folder(path: Path) -> DataFolder:
         raise UserError(f"--data {path}: is a file; name the folder that it is in")
     if not path.is_dir():
         raise UserError(f"--data {path}: no such folder, and not auto, cifar10 or synthetic")
-    name = path.resolve().name or "root"
+    name = one_line(path.resolve().name) or "root"
     if name in PREPARED and path.resolve() != (DATA_FOLDER / name).resolve():
         name = f"folder-{name}"  # its results must not be taken for the prepared set's
     folder = DataFolder(name, path)
@@ -438,8 +438,7 @@ def format_corrections(
     dataset: Dataset, corrections: Sequence[Correction], reviewed: bool = True
 ) -> str:
     """Return the text of a CSV file of corrections, marked if no person has reviewed them."""
-    name = one_line(dataset.name)
-    head = f"# labels of {name}, {dataset.split}, fingerprint {dataset.fingerprint}"
+    head = f"# labels of {dataset.name}, {dataset.split}, fingerprint {dataset.fingerprint}"
     mark = "" if reviewed else unreviewed_mark(corrections)
     return f"{head}{mark}\n{','.join(COLUMNS)}\n{_format_rows(corrections)}"
 

@@ -147,7 +147,8 @@ def intervals(confusion: np.ndarray) -> dict[str, np.ndarray]:
     recalls = generator.beta(correct + 0.5, counts - correct + 0.5, (DRAWS, len(counts)))
     values, draws = scores(confusion), combine_recalls(recalls)
     found = {score: _interval_around(draws[score], values[score]) for score in draws}
-    # A class without images makes a score NaN, which widens nothing: its recall may be anything.
+    # An interval ends at 0 if nothing is correct, and at 1 if everything is. Both hold for a class
+    # without images: its recall may be anything.
     if (correct == 0).any():
         found["g_mean"][0] = 0.0
     if (correct == 0).all():

@@ -33,6 +33,7 @@ IGNORE_INDEX = -1  # in place of a label that is not to be learned
 WARMUP = 0.1  # fraction of a run in which warmup-cosine raises the learning rate
 MAX_SHIFT = 4  # pixels that a random crop moves an image by, at most
 FOLDS = 4  # an even number: two cores train them in pairs
+MAX_WORKERS = 61  # Windows allows no more processes in a pool
 
 # ---- the loop -------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ def train(
 class GraphedStep:
     """A training step on a GPU whose kernels are recorded once and then replayed: a CUDA graph.
 
-    To launch hundreds of small kernels from Python takes longer than to run them.
+    Launching hundreds of small kernels from Python takes longer than running them.
     """
 
     WARMUP_CALLS = 3  # that run as usual: memory and algorithms have to be chosen before recording
@@ -367,7 +368,7 @@ def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]
         images, and a probability of each class, float [B, C].
     """
     alphas = images.new_full((len(images), 1), alpha)
-    fraction = Beta(alphas, alphas, validate_args=False).sample()  # the check would wait for a GPU
+    fraction = Beta(alphas, alphas, validate_args=False).sample()  # a check would wait for the GPU
     fraction = torch.minimum(fraction, 1 - fraction)  # of the other image
     other = torch.randperm(len(images), device=images.device)
     targets = F.one_hot(labels, len(CLASS_NAMES)).float()
@@ -447,7 +448,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """Return a matrix with the same singular vectors and singular values of about 1.
 
     Newton-Schulz iteration with Jordan's coefficients: five rounds take values from 0.0016 to 1
-    of the matrix's norm to between 0.68 and 1.21; smaller ones end lower.
+    of the matrix's norm to between 0.68 and 1.20; smaller ones end lower.
     """
     if matrix.shape[0] > matrix.shape[1]:  # then the products below are smaller
         return orthogonalize(matrix.T).T
@@ -542,7 +543,7 @@ def parallel_map(
         function: at module level, so that other processes can import it.
     """
     # On a GPU, one job after the other.
-    workers = min(len(jobs), _core_count()) if device.type == "cpu" else 1
+    workers = min(len(jobs), _core_count(), MAX_WORKERS) if device.type == "cpu" else 1
     hidden = in_worker() or len(jobs) == 1 or None  # None: shown on a terminal only
     progress_bar = partial(tqdm, total=len(jobs), desc=description, leave=False, disable=hidden)
     if workers <= 1 or in_worker():  # in a worker, the cores are in use

@@ -46,7 +46,7 @@ def is_downloaded() -> bool:
 def is_reachable() -> bool:
     """Return, within seconds, whether CIFAR-10's server answers.
 
-    In a thread, because looking up a host name may take longer than any timeout allows.
+    In a thread, because the timeout does not cover looking up the host's name.
     """
     answered = threading.Event()
 
@@ -56,7 +56,7 @@ def is_reachable() -> bool:
             with urllib.request.urlopen(request, timeout=CONNECT_SECONDS):
                 answered.set()
         except (OSError, HTTPException, ValueError):
-            pass  # no network, no such host, or a proxy that is none
+            pass  # no network, no such host, or an invalid proxy
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

@@ -1,6 +1,7 @@
 """Small data sets, and a way to run a script, for all tests."""
 
 import contextlib
+import functools
 import os
 import pickle
 import signal
@@ -36,11 +37,15 @@ def make_dataset(split: str = "train", counts: tuple[int, ...] = (40, 12, 8)) ->
     return Dataset("tiny", split, make_images(labels, seed=len(split)), labels)
 
 
-def write_course_pickle(path: Path, dataset: Dataset) -> None:
-    """Write a data set as the course does: a pickled list of (tensor in [-1, 1], int)."""
+def items_of(dataset: Dataset) -> list[tuple[torch.Tensor, int]]:
+    """Return what the course pickles: a list of (tensor in [-1, 1], int)."""
     images = dataset.images.float() / 127.5 - 1
-    items = [(x.clone(), int(y)) for x, y in zip(images, dataset.labels, strict=True)]
-    path.write_bytes(pickle.dumps(items, protocol=4))
+    return [(x.clone(), int(y)) for x, y in zip(images, dataset.labels, strict=True)]
+
+
+def write_course_pickle(path: Path, dataset: Dataset) -> None:
+    """Write a data set as the course does."""
+    path.write_bytes(pickle.dumps(items_of(dataset), protocol=4))
 
 
 def running_in(group: int) -> list[str]:
@@ -70,6 +75,8 @@ def on_the_cpu(request, monkeypatch):
     """Compute where digits can be compared; only tests/test_gpu.py uses a GPU."""
     if request.module.__name__ != "test_gpu":
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        no_mps = functools.cache(lambda: False)  # a cache as in torch, which looks inside it
+        monkeypatch.setattr("torch.backends.mps.is_available", no_mps)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the scripts that a test starts
 
 

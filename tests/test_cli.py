@@ -260,6 +260,19 @@ def test_a_data_folder_with_any_name(tmp_path, monkeypatch):
         assert results.folder == Path("results/data")
 
 
+def test_results_are_found_again_after_project_and_data_were_moved_together(tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for move in (False, True):
+        project = tmp_path / "project"
+        if move:
+            project = project.rename(tmp_path / "elsewhere/project")
+        monkeypatch.chdir(project)
+        data = {"name": "data", "path": str(project / "data"), "splits": {}}
+        results = Results(argparse.Namespace(out=None, quick=False), data)
+        assert results.folder == Path("results/data")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 def test_a_full_disk_behind_stdout_is_one_line():
     with Path("/dev/full").open("w") as full:
@@ -512,7 +525,7 @@ def test_figures_name_their_data_whatever_it_is_called(name, tmp_path, recwarn):
     assert (tmp_path / "1-classes.png").stat().st_size > 1000
     assert not recwarn.list  # of letters that the font lacks
     assert figure.get_supxlabel() == (
-        f"QUICK DRY RUN, numbers mean nothing.  Data: {plots.literal(name)}, dev 0123456789ab"
+        f"QUICK DRY RUN, numbers mean nothing.  Data: {name}, dev 0123456789ab"
     )
 
 

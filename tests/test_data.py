@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import tracemalloc
 import zlib
 from dataclasses import replace
@@ -29,7 +30,7 @@ from common.data import (
 import numpy as np
 import pytest
 import torch
-from conftest import COURSE_DATA, make_dataset, needs_course_data, write_course_pickle
+from conftest import COURSE_DATA, items_of, make_dataset, needs_course_data, write_course_pickle
 from PIL import Image
 
 MEGABYTE = 2**20
@@ -37,12 +38,6 @@ MEGABYTE = 2**20
 
 def load(folder, split="train"):
     return open_data(str(folder)).load(split)
-
-
-def items_of(dataset):
-    """Return what the course pickles: a list of (tensor in [-1, 1], int)."""
-    images = dataset.images.float() / 127.5 - 1
-    return [(x.clone(), int(y)) for x, y in zip(images, dataset.labels, strict=True)]
 
 
 @pytest.fixture
@@ -169,6 +164,14 @@ def test_true_labels_that_do_not_fit_are_refused(course_folder, train, content):
     (course_folder / "true_labels.json").write_text(content)
     with pytest.raises(UserError, match="true_labels.json: train must be a list of 60 labels"):
         load(course_folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names that are not text")
+def test_a_folder_whose_name_is_not_text_gets_one_that_checkpoints_can_hold(tmp_path, train):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    write_course_pickle(folder / "train.pickle", train)
+    assert load(folder).name == "caf\N{REPLACEMENT CHARACTER}"
 
 
 # ---- the course's pickles: honest ones ------------------------------------------------------
@@ -416,6 +419,11 @@ def test_memory_stays_near_the_size_of_the_file(refusal, name):
         assert tracemalloc.get_traced_memory()[1] < 8 * MEGABYTE
     finally:
         tracemalloc.stop()
+
+
+def test_an_image_repeated_thousands_of_times_is_refused_before_it_is_copied(refusal):
+    content = b"\x80\x04" + HOSTILE["image repeated by reference"]
+    assert "lists more images than" in refusal(content)
 
 
 def test_storages_within_storages_are_refused(refusal):
@@ -760,7 +768,7 @@ BAD_CSV = {
     "index": (change_row("index", "60"), "index '60'.* index is '60', not a number from 0 to 59"),
     "negative index": (change_row("index", "-1"), "index is '-1', not a number from 0"),
     "long index": (change_row("index", "9" * 5000), "index is '9+', not a number from 0"),
-    "twice": (change_row("index", "0"), "given is|index 0 is in two rows"),
+    "twice": (change_row("index", "0"), "index 0 is in two rows"),
     "class": (
         change_row("suggested", "dog"),
         "index '3': suggested is 'dog', not one of car, truck",

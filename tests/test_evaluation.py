@@ -524,4 +524,4 @@ def test_the_pixel_range_taken_for_a_bare_checkpoint_is_said(run_script):
     Image.new("RGB", (40, 40), "green").save("green.png")
     options = ("--checkpoint", "bare.ckpt", "--out", "out", "--image", "green.png")
     assert "assuming pixels in [-1, 1]" in run_script(evaluation, *options)[1]
-    assert "pixels taken" not in run_script(evaluation, *options, "--pixel-range", "0,1")[1]
+    assert "assuming pixels" not in run_script(evaluation, *options, "--pixel-range", "0,1")[1]

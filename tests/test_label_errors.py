@@ -56,7 +56,7 @@ def read_rows(path):
     return list(csv.DictReader(path.read_text().splitlines()[1:]))
 
 
-def test_wrong_labels_are_flagged_written_and_rated(noisy, models, run_script, tmp_path):
+def test_wrong_labels_are_flagged_written_and_counted(noisy, models, run_script, tmp_path):
     status, out, _ = run_script(label_errors, "--data", noisy, "--out", tmp_path / "out")
     assert status == 0
     train = open_data(str(noisy)).load("train")
@@ -73,7 +73,7 @@ def test_wrong_labels_are_flagged_written_and_rated(noisy, models, run_script, t
     assert "label_review.html" in out
 
 
-def test_rates_are_those_of_scikit_learn():
+def test_recall_and_precision_are_those_of_scikit_learn():
     generator = np.random.default_rng(0)
     dataset = make_dataset("train", (60, 40, 30))
     true = dataset.labels.clone()

@@ -107,7 +107,7 @@ def test_help_shows_an_example_and_the_shared_options(script, run_script):
     assert "(default: auto)" in printed
 
 
-@pytest.mark.parametrize("path", [*TEXTS, PROJECT / "README.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*TEXTS, *DOCS], ids=lambda path: path.name)
 def test_words_are_those_of_the_field(path):
     text = path.read_text(encoding="utf-8")
     for word, better in DIALECT.items():

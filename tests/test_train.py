@@ -333,7 +333,6 @@ def test_orthogonalize_keeps_singular_vectors_and_makes_the_values_about_1(shape
     assert 0.65 < np.diag(turned).min() <= np.diag(turned).max() < 1.25
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_matrices_move_as_with_torchs_muon(shape, weight_decay):

@@ -118,7 +118,7 @@ def states(study):
 def test_a_trial_whose_process_was_killed_is_ended_and_its_settings_are_tried_again(study):
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    study.enqueue_trial(OWN, user_attrs={"is_default": True})
+    study.enqueue_trial(OWN)
     leave_running(study, socket.gethostname(), killed.pid)
     leave_running(study, socket.gethostname(), os.getpid())
     leave_running(study, "another machine", killed.pid)
