@@ -24,6 +24,7 @@ fuzz: .venv/installed-dev
 
 coverage: .venv/installed-dev
 	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine
 	$(BIN)/python -m coverage report
 
 lint: .venv/installed-dev
@@ -36,7 +37,7 @@ format: .venv/installed-dev
 
 # What can be made again; trained models and reviewed labels in results/ and report/ stay.
 clean:
-	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .coverage*
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -14,6 +14,7 @@ twice its standard error has not earned its place.
 import ast
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import cli, metrics
 from common.cli import UserError
 from common.data import Dataset, open_data, read_corrections
+from common.model import choose_device
 from common.recipes import RECIPES, Recipe, with_epochs
 from common.train import filter_labels, make_folds, parallel_map, train_and_predict
 
@@ -52,9 +54,12 @@ WITHOUT = {
         "label filter": {"label_filter": None},
         "EMA of the weights": {"ema_decay": 0.0},
         "color jitter": {"color_jitter": 0.0},
+        "weight decay": {"weight_decay": 0.0},
         "square-root sampling": {"sampler": "shuffle"},
     },
 }
+
+two_or_more = partial(cli.natural_number, low=2)  # one run has no standard error
 
 
 def choose_folds(dataset: Dataset, flagged: Tensor, runs: int, seed: int) -> list[tuple]:
@@ -103,7 +108,7 @@ def main() -> None:
     """Print the table of contributions."""
     parser = cli.make_parser(__doc__)
     parser.add_argument("--recipe", choices=RECIPES, default="tuned", help="whose ingredients")
-    parser.add_argument("--runs", type=cli.positive_int, default=10, help="runs of each variant")
+    parser.add_argument("--runs", type=two_or_more, default=10, help="runs of each variant")
     parser.add_argument(
         "--epochs", type=cli.epoch_count, help="number of epochs, instead of the recipe's"
     )
@@ -112,7 +117,7 @@ def main() -> None:
     )
     cli.add_labels_option(parser, "label corrections; flagged images are not scored")
     arguments = parser.parse_args()
-    device = torch.device("cpu")
+    device = choose_device(arguments.device)
     dataset = open_data(arguments.data).load("train", arguments.quick)
     corrections = read_corrections(arguments.labels, dataset) if arguments.labels else []
     flagged = torch.tensor([correction.index for correction in corrections], dtype=torch.int64)
@@ -134,10 +139,10 @@ def main() -> None:
         metrics.evaluate(labels, logits.argmax(dim=1))["g_mean"]
         for labels, logits in zip(targets, outcomes, strict=True)
     ]
-    print_scores(variants, np.reshape(scores, (len(variants), -1)))
+    print_scores(dataset.name, variants, np.reshape(scores, (len(variants), -1)))
 
 
-def print_scores(variants: dict[str, Recipe], scores: np.ndarray) -> None:
+def print_scores(data: str, variants: dict[str, Recipe], scores: np.ndarray) -> None:
     """Print G-means [variants, runs], and how much each variant loses against the whole recipe."""
     rows = []
     for name, row in zip(variants, scores, strict=True):
@@ -147,7 +152,7 @@ def print_scores(variants: dict[str, Recipe], scores: np.ndarray) -> None:
         rows.append([name, f"{row.mean():.3f} ± {row.std(ddof=1):.3f}", contribution])
     recipe = variants["all"]
     counts = f"epochs: {recipe.epochs}; runs of each variant: {scores.shape[1]}"
-    cli.say(f"recipe {recipe.name}; {counts}")
+    cli.say(f"recipe {recipe.name} on {data}; {counts}")
     cli.print_table(["", "G-mean, mean ± sd", "contribution ± standard error"], rows)
 
 

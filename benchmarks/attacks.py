@@ -1,4 +1,4 @@
-"""How fast and how strong is our PGD, against the libraries that most people use?
+"""How fast and how strong is our PGD, compared with the libraries that most people use?
 
     python benchmarks/attacks.py --data FOLDER --checkpoint models/robust.ckpt
 
@@ -79,7 +79,8 @@ def main() -> None:
     """Print the table."""
     parser = cli.make_parser(__doc__)
     cli.add_checkpoint_option(parser, "models/tuned.ckpt and models/robust.ckpt", several=True)
-    parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255)
+    text = "largest change of a pixel, as a fraction of full brightness"
+    parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255, help=text)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     dev = open_data(arguments.data).load("dev", arguments.quick)

@@ -70,17 +70,17 @@ def attack_in_turn(
 
 
 def row_of(dataset: Dataset, before: Tensor, after: Tensor) -> list[str]:
-    """Return scores, recalls and success rate as the cells of a row."""
+    """Return scores, recalls and attack success rate as the cells of a row."""
     scores = metrics.evaluate(dataset.labels, after)
     low, high = scores["interval"]["g_mean"]
     correct = before == dataset.labels
-    fooled = (after != dataset.labels)[correct].float().mean().item()
+    success_rate = (after != dataset.labels)[correct].float().mean().item()
     return [
         f"{scores['accuracy']:.3f}",
         f"{scores['balanced_accuracy']:.3f}",
         f"{scores['g_mean']:.3f} [{low:.3f}, {high:.3f}]",
         *(f"{recall:.2f}" for recall in scores["recall"].values()),
-        f"{fooled:.3f}",
+        f"{success_rate:.3f}",
     ]
 
 
@@ -88,14 +88,15 @@ def main() -> None:
     """Print the table."""
     parser = cli.make_parser(__doc__)
     cli.add_checkpoint_option(parser, "models/robust.ckpt", several=True)
-    parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255)
+    text = "largest change of a pixel, as a fraction of full brightness"
+    parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255, help=text)
     parser.add_argument(
         "--queries",
         type=cli.positive_int,
         default=5000,
         help="of Square, for each image; AutoAttack's 5000 take most of the time",
     )
-    parser.add_argument("--split", choices=SPLITS, default="dev")
+    parser.add_argument("--split", choices=SPLITS, default="dev", help="the split to attack")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     dataset = open_data(arguments.data).load(arguments.split, arguments.quick)
@@ -103,13 +104,14 @@ def main() -> None:
     rows = []
     for path in arguments.checkpoint or [MODELS / "robust.ckpt"]:
         model = load_checkpoint(path, arguments.pixel_range, alone=False).model
+        torch.manual_seed(arguments.seed)  # for our PGD's random start
         after = attack_in_turn(model.to(device), dataset, attacks, arguments.epsilon)
         for name, predicted in after.items():
             attack = name if name == "none" else f"+ {name}"
             rows.append([path.name, attack, *row_of(dataset, after["none"], predicted)])
     cli.say(f"{len(dataset)} images of {dataset.name}, epsilon {arguments.epsilon:g}")
     recalls = [f"{name} recall" for name in CLASS_NAMES]
-    columns = ["model", "attacks so far", *SCORE_TITLES.values(), *recalls, "success rate"]
+    columns = ["model", "attacks so far", *SCORE_TITLES.values(), *recalls, "attack success rate"]
     cli.print_table(columns, rows)
 
 

@@ -1,4 +1,4 @@
-"""How fast is the training, against the loops that most tutorials, and the report, write?
+"""How fast is our training, compared with the report's loop and that of most tutorials?
 
     python benchmarks/speed.py --data FOLDER
 
@@ -142,6 +142,7 @@ def main() -> None:
         ["an epoch of tuned", f"{median['epoch']:.2f}", ratio(times, "loader", "epoch")],
         ["an epoch of naive", f"{median['plain']:.2f}", ""],
     ]
+    cli.say(f"{len(dataset)} images of {dataset.name}, torch {torch.__version__}")
     cli.print_table(["", "seconds", "times as fast"], rows)
     peak = fraction_of_peak(median["epoch"], TUNED, dataset)
     cli.say(f"An epoch of tuned computes at {peak:.0%} of the speed of a large matrix product.")
