@@ -463,7 +463,7 @@ def load_all(
     """
     loaded = {}
     for name, path in paths.items():
-        loaded[name] = found = load_checkpoint(path, pixel_range, alone=False)
+        loaded[name] = found = load_checkpoint(path, pixel_range, strict_range=False)
         note = f"; {ASSUMED_RANGE}" if found.bare and not pixel_range else ""
         cli.say(f"{path}: {describe_checkpoint(found.metadata)}{note}")
     if pixel_range and not any(each.bare for each in loaded.values()):

@@ -112,9 +112,9 @@ class Evaluated:
         return rows
 
 
-def load(source: Source, arguments: argparse.Namespace, alone: bool = True) -> Checkpoint:
+def load(source: Source, arguments: argparse.Namespace, strict_range: bool = True) -> Checkpoint:
     """Read a checkpoint, with the model on the device; --pixel-range is for bare ones."""
-    found = load_checkpoint(read_source(source), arguments.pixel_range, source.name, alone)
+    found = load_checkpoint(read_source(source), arguments.pixel_range, source.name, strict_range)
     found.model.to(choose_device(arguments.device))
     return found
 
@@ -288,7 +288,7 @@ def rank_all(sources: list[Source], dataset: Dataset, arguments: argparse.Namesp
     models, failed = [], []
     for source in tqdm(sources, "evaluating", disable=None, leave=False):
         try:
-            loaded = load(source, arguments, alone=False)
+            loaded = load(source, arguments, strict_range=False)
             models.append(evaluate(source.name, loaded, dataset, arguments))
         except UserError as error:
             reason = str(error).removeprefix(f"{source.name}: ").removeprefix(f"{source.path}: ")

@@ -86,7 +86,7 @@ def main() -> None:
     dev = open_data(arguments.data).load("dev", arguments.quick)
     rows = []
     for path in arguments.checkpoint or [MODELS / "tuned.ckpt", MODELS / "robust.ckpt"]:
-        model = load_checkpoint(path, arguments.pixel_range, alone=False).model
+        model = load_checkpoint(path, arguments.pixel_range, strict_range=False).model
         measured = compare(model.to(device), to_float(dev.images), dev.labels, arguments.epsilon)
         for name, (seconds, accuracy) in measured.items():
             ratio = seconds / measured["ours"][0]

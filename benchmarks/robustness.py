@@ -103,7 +103,7 @@ def main() -> None:
     attacks = make_attacks(arguments.epsilon, arguments.seed, arguments.queries, arguments.quick)
     rows = []
     for path in arguments.checkpoint or [MODELS / "robust.ckpt"]:
-        model = load_checkpoint(path, arguments.pixel_range, alone=False).model
+        model = load_checkpoint(path, arguments.pixel_range, strict_range=False).model
         torch.manual_seed(arguments.seed)  # for our PGD's random start
         after = attack_in_turn(model.to(device), dataset, attacks, arguments.epsilon)
         for name, predicted in after.items():

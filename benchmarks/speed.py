@@ -110,7 +110,10 @@ def fractions_of_time(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
         train(recipe, dataset, 0, CPU)
     events = profiler.key_averages()
     total, times = events.self_cpu_time_total, {each.key: each.cpu_time_total for each in events}
-    return {part: sum(map(times.get, names)) / total for part, names in OPERATIONS.items()}
+    return {
+        part: sum(times.get(name, 0) for name in names) / total
+        for part, names in OPERATIONS.items()
+    }
 
 
 def main() -> None:

@@ -326,7 +326,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically: paths as text, NaN and infinity as null."""
-    text = json.dumps(content, default=str)
+    text = json.dumps(content, default=os.fspath)
     content = json.loads(text, parse_constant=lambda constant: None)
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
@@ -372,9 +372,7 @@ class Results:
 
     def __init__(self, arguments: argparse.Namespace, data: dict[str, Any]) -> None:
         quick = "-quick" if arguments.quick else ""  # a dry run must not overwrite real results
-        owner = data.get("path", "")
-        if owner and Path(owner).is_relative_to(Path.cwd()):  # both may be moved together
-            owner = str(Path(owner).relative_to(Path.cwd()))
+        owner = _relative(data.get("path", ""))
         self.folder = arguments.out or _free_folder(data["name"][:MAX_FOLDER_NAME] + quick, owner)
         self.settings = vars(arguments)
         self.data = {key: value for key, value in data.items() if key != "path"}  # it is private
@@ -448,4 +446,13 @@ def _free_folder(name: str, owner: str) -> Path:
 
 def _owner(folder: Path) -> str | None:
     path = folder / OWNER
-    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else None
+    if not path.is_file():
+        return None
+    return _relative(path.read_text(encoding="utf-8", errors="surrogateescape"))
+
+
+def _relative(path: str) -> str:
+    """Return a path inside the current folder relative to it: both may be moved together."""
+    if not path or not Path(path).is_relative_to(Path.cwd()):
+        return path
+    return str(Path(path).relative_to(Path.cwd()))

@@ -229,7 +229,9 @@ def _open_folder(path: Path) -> DataFolder:
         )
     for other in OTHER_SPLITS:
         if folder.has(other):
-            say(f"note: {path / other} is not read; the splits are train and dev", error=True)
+            say(
+                f"note: {path}: split {other} is not read; the splits are train and dev", error=True
+            )
     return folder
 
 
@@ -387,11 +389,13 @@ def _correlated_pairs(
 def _standardize(images: Tensor) -> Tensor:
     """Return images with mean 0 and norm 1, independent of brightness and contrast.
 
-    Their dot products are correlations. An image of a single gray becomes all zeros.
+    Their dot products are correlations. All images of a single gray are the same.
     """
     pixels = to_float(images)
     pixels = pixels - pixels.mean(dim=(1, 2, 3), keepdim=True)
-    return pixels / pixels.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-3)
+    single_gray = pixels.abs().amax(dim=(1, 2, 3), keepdim=True) < 1e-3
+    pixels = pixels.masked_fill(single_gray, 1.0)
+    return pixels / pixels.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 # ---- label corrections ----------------------------------------------------------------------

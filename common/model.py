@@ -291,7 +291,7 @@ def load_checkpoint(
     file: Path | bytes,
     pixel_range: tuple[float, float] | None = None,
     name: str = "",
-    alone: bool = True,
+    strict_range: bool = True,
 ) -> Checkpoint:
     """Read one of our checkpoints, or a bare one (weights only).
 
@@ -299,8 +299,8 @@ def load_checkpoint(
         file: the checkpoint's path, or its content.
         pixel_range: the range that a bare checkpoint was trained on; None means [-1, 1].
         name: the file's name in messages; its path if empty.
-        alone: refuse a pixel range for a checkpoint that has its own; False ignores it, as it may
-            be meant for others.
+        strict_range: refuse a pixel range for a checkpoint that has its own; False ignores it, as
+            it may be meant for another checkpoint of the command.
 
     Raises:
         UserError: no such file, not a checkpoint, or weights of another network.
@@ -309,7 +309,7 @@ def load_checkpoint(
     content = _read(file, name)
     settings, training = _settings_of(content, name), content.get("training")
     bare = "pixel_range" not in settings
-    if alone and pixel_range and not bare:
+    if strict_range and pixel_range and not bare:
         text = "{:g},{:g}".format(*settings["pixel_range"])
         raise UserError(f"{name}: has its own pixel range, {text}; omit --pixel-range")
     model = build_model(**({"pixel_range": pixel_range or COURSE_RANGE} | settings))

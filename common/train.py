@@ -24,6 +24,7 @@ from common.recipes import Recipe
 
 import torch
 import torch.nn.functional as F
+from joblib import cpu_count  # knows the limits of containers, and Windows' 61 processes
 from torch import Tensor, nn
 from torch.distributions import Beta
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -33,7 +34,6 @@ IGNORE_INDEX = -1  # in place of a label that is not to be learned
 WARMUP = 0.1  # fraction of a run in which warmup-cosine raises the learning rate
 MAX_SHIFT = 4  # pixels that a random crop moves an image by, at most
 FOLDS = 4  # an even number: two cores train them in pairs
-MAX_WORKERS = 61  # Windows allows no more processes in a pool
 
 # ---- the loop -------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ def train(
     if device.type == "cuda":
         step = GraphedStep(step)
     while run.epoch < recipe.epochs:
-        torch.manual_seed(1_000_003 * seed + run.epoch)  # far apart for any two seeds
+        torch.manual_seed(1_000_003 * seed + run.epoch)  # a different one for each seed and epoch
         run.model.train()
         flip_and_crop = recipe.augment_from is not None and run.epoch >= recipe.augment_from
         losses = []
@@ -105,7 +105,9 @@ class GraphedStep:
     Launching hundreds of small kernels from Python takes longer than running them.
     """
 
-    WARMUP_CALLS = 3  # that run as usual: memory and algorithms have to be chosen before recording
+    WARMUP_CALLS = (
+        3  # without a graph: algorithms are chosen, and the optimizer's state is allocated
+    )
 
     def __init__(self, step: Callable[..., Tensor]) -> None:
         self.step = step
@@ -361,8 +363,8 @@ def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]
     Args:
         images: float [B, C, H, W].
         labels: int64 [B].
-        alpha: each image's own fraction is drawn from Beta(alpha, alpha), and is the larger of
-            the two.
+        alpha: for each image, a fraction is drawn from Beta(alpha, alpha); it keeps the larger
+            part of itself.
 
     Returns:
         images, and a probability of each class, float [B, C].
@@ -543,7 +545,7 @@ def parallel_map(
         function: at module level, so that other processes can import it.
     """
     # On a GPU, one job after the other.
-    workers = min(len(jobs), _core_count(), MAX_WORKERS) if device.type == "cpu" else 1
+    workers = min(len(jobs), cpu_count()) if device.type == "cpu" else 1
     hidden = in_worker() or len(jobs) == 1 or None  # None: shown on a terminal only
     progress_bar = partial(tqdm, total=len(jobs), desc=description, leave=False, disable=hidden)
     if workers <= 1 or in_worker():  # in a worker, the cores are in use
@@ -569,12 +571,6 @@ def parallel_map(
 def in_worker() -> bool:
     """Return whether this process is a worker of `parallel_map`."""
     return multiprocessing.parent_process() is not None
-
-
-def _core_count() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on Macs and Windows
-        return len(os.sched_getaffinity(0))  # only those that this process may use
-    return os.cpu_count() or 1
 
 
 def _call(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:

@@ -67,7 +67,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """Run jobs here, where tests can watch them; starting other processes takes seconds."""
-    monkeypatch.setattr("common.train._core_count", lambda: 1)
+    monkeypatch.setattr("common.train.cpu_count", lambda: 1)
 
 
 @pytest.fixture(autouse=True)

@@ -271,6 +271,9 @@ def test_results_are_found_again_after_project_and_data_were_moved_together(tmp_
         data = {"name": "data", "path": str(project / "data"), "splits": {}}
         results = Results(argparse.Namespace(out=None, quick=False), data)
         assert results.folder == Path("results/data")
+    (results.folder / cli.OWNER).write_text(data["path"])  # as earlier versions did
+    results = Results(argparse.Namespace(out=None, quick=False), data)
+    assert results.folder == Path("results/data")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")

@@ -1,6 +1,7 @@
 """Data sets from pickles and image folders, honest and hostile; near-duplicates; corrections."""
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -661,10 +662,12 @@ def test_near_duplicates_are_those_that_numpy_finds(monkeypatch, block):
         assert values == pytest.approx([reference[i, j] for i, j, _ in found], abs=1e-5)
 
 
-def test_noise_and_plain_images_have_no_near_duplicates():
+def test_plain_images_are_near_duplicates_of_each_other_but_not_of_noise():
     noise = torch.randint(0, 256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    plain = torch.full((5, 3, 32, 32), 90)
-    assert near_duplicates(torch.cat([noise, plain]).to(torch.uint8)) == []
+    plain = torch.tensor([0, 90, 90, 255])[:, None, None, None].expand(4, 3, 32, 32)
+    found = near_duplicates(torch.cat([noise, plain]).to(torch.uint8))
+    assert {(i, j) for i, j, _ in found} == set(itertools.combinations(range(20, 24), 2))
+    assert [correlation for _, _, correlation in found] == pytest.approx([1] * 6, abs=1e-5)
 
 
 def test_neighbors_in_the_file_are_compared_too():

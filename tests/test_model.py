@@ -233,7 +233,7 @@ def test_a_range_for_a_checkpoint_that_has_its_own_is_refused(tmp_path):
     save_checkpoint(tmp_path / "it.ckpt", new_model(), {})
     with pytest.raises(UserError, match="its own pixel range, -1,1; omit --pixel-range"):
         load_checkpoint(tmp_path / "it.ckpt", (-1.0, 1.0))
-    found = load_checkpoint(tmp_path / "it.ckpt", (0.0, 1.0), alone=False)
+    found = load_checkpoint(tmp_path / "it.ckpt", (0.0, 1.0), strict_range=False)
     assert found.model.pixel_range == (-1.0, 1.0)
 
 

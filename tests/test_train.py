@@ -757,7 +757,7 @@ def is_alive(process):
 
 
 def test_jobs_keep_their_order_and_an_error_reaches_the_caller(monkeypatch):
-    monkeypatch.setattr("common.train._core_count", lambda: 2)
+    monkeypatch.setattr("common.train.cpu_count", lambda: 2)
     jobs, results = [(6, 3), (6, 2), (6, 1), (6, 0)], []
     with pytest.raises(ZeroDivisionError):
         for result in parallel_map(divide, jobs, CPU, "divisions"):
@@ -774,7 +774,7 @@ def kill_oneself():
 
 
 def test_a_killed_worker_is_reported_in_one_line(monkeypatch):
-    monkeypatch.setattr("common.train._core_count", lambda: 2)
+    monkeypatch.setattr("common.train.cpu_count", lambda: 2)
     with pytest.raises(UserError, match="a process was killed, probably because the memory"):
         list(parallel_map(kill_oneself, [(), ()], CPU, "jobs"))
 
@@ -783,7 +783,7 @@ def test_what_one_core_runs_stays_here_with_one_thread_and_leaves_the_number(mon
     torch.set_num_threads(2)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("common.train._core_count", lambda: 1)
+            patch.setattr("common.train.cpu_count", lambda: 1)
             two = list(parallel_map(divide, [(6, 3), (6, 2)], CPU, "divisions"))
         assert two == [(2.0, 1, os.getpid()), (3.0, 1, os.getpid())]
         assert list(parallel_map(divide, [(6, 3)], CPU, "divisions")) == [(2.0, 1, os.getpid())]
@@ -814,7 +814,7 @@ def main():
 
 if __name__ == "__main__":
     import common.train
-    common.train._core_count = lambda: 2
+    common.train.cpu_count = lambda: 2
     cli.run(main)
 """
 

@@ -621,7 +621,7 @@ def test_the_reports_lesson_shows_on_synthetic_images(run_script):
 def test_final_recognizes_all_classes_of_the_courses_images_and_naive_does_not(
     run_script, monkeypatch
 ):
-    monkeypatch.setattr("common.train._core_count", os.cpu_count)  # runs side by side
+    monkeypatch.setattr("common.train.cpu_count", os.cpu_count)  # runs side by side
     options = ("--data", COURSE_DATA, "--recipe", "naive,final", "--seed", "0,1,2", "--out", "out")
     assert run_script(training, *options)[0] == 0
     naive, final = numbers_of()["recipes"].values()
