@@ -54,14 +54,14 @@ CONTESTANTS = {
 
 
 def compare(
-    model: Classifier, images: Tensor, labels: Tensor, epsilon: float
+    model: Classifier, images: Tensor, labels: Tensor, epsilon: float, seed: int
 ) -> dict[str, tuple[float, float]]:
     """Return each contestant's median time in seconds and mean robust accuracy."""
     times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     accuracies: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    for seed in range(ROUNDS):
+    for each in range(seed, seed + ROUNDS):
         for name, attack in CONTESTANTS.items():
-            torch.manual_seed(seed)
+            torch.manual_seed(each)
             start = time.perf_counter()
             attacked = in_batches(
                 attack, model, images, labels, epsilon=epsilon, alpha=epsilon / 10
@@ -84,14 +84,14 @@ def main() -> None:
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     dev = open_data(arguments.data).load("dev", arguments.quick)
-    rows = []
+    epsilon, seed, rows = arguments.epsilon, arguments.seed, []
     for path in arguments.checkpoint or [MODELS / "tuned.ckpt", MODELS / "robust.ckpt"]:
         model = load_checkpoint(path, arguments.pixel_range, strict_range=False).model
-        measured = compare(model.to(device), to_float(dev.images), dev.labels, arguments.epsilon)
+        measured = compare(model.to(device), to_float(dev.images), dev.labels, epsilon, seed)
         for name, (seconds, accuracy) in measured.items():
             ratio = seconds / measured["ours"][0]
             rows.append([path.name, name, f"{seconds:.2f} s", f"{ratio:.1f}", f"{accuracy:.3f}"])
-    cli.say(f"{len(dev)} images of {dev.name}, epsilon {arguments.epsilon:g}, {STEPS} steps")
+    cli.say(f"{len(dev)} images of {dev.name}, epsilon {epsilon:g}, {STEPS} steps")
     cli.print_table(["model", "attack", "median time", "times ours", "robust accuracy"], rows)
 
 
