@@ -28,9 +28,7 @@ MAX_EPOCHS = 10_000
 MAX_JSON_SIZE = 2**25  # bytes
 MAX_FOLDER_NAME = 60  # characters: if each has four bytes, no name can have more than 63
 FIGURE_DPI = 150
-PACKAGES = (
-    *("torch", "torchvision", "numpy", "scikit-learn", "scipy", "matplotlib", "pillow", "optuna"),
-)
+PACKAGES = "torch torchvision numpy scikit-learn scipy matplotlib pillow optuna"
 OWNER = "data_folder.txt"  # in each results folder: the path of its data
 PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
 
@@ -347,7 +345,7 @@ def render(template: str, **values: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that numbers may depend on."""
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES.split()}
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -105,9 +105,7 @@ class GraphedStep:
     Launching hundreds of small kernels from Python takes longer than running them.
     """
 
-    WARMUP_CALLS = (
-        3  # without a graph: algorithms are chosen, and the optimizer's state is allocated
-    )
+    WARMUP_CALLS = 3  # without a graph: they choose algorithms and allocate the optimizer's state
 
     def __init__(self, step: Callable[..., Tensor]) -> None:
         self.step = step
