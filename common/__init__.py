@@ -1,6 +1,5 @@
 """Code shared by the scripts. Import it before torch and matplotlib, which read these settings."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -17,14 +16,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Macs: what torch's older versions can't compute on the GPU (mixup's fractions), the CPU does.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-
-# Each training step allocates and frees the same memory. Linux's C library (glibc) would return it
-# to the kernel in between; keeping it makes an epoch take a fifth less time.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers from malloc.h
-if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-    # Versions before 2.35 refuse more than 2**25.
-    libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _quiet_interrupt(
