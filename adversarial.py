@@ -483,14 +483,6 @@ def save_figures(
     results.save_figure("5-saliency", draw_saliency(dev, targets))
 
 
-def parse_epsilon(text: str) -> float:
-    """Parse an epsilon: above 0 and at most 1, full brightness."""
-    epsilon = cli.positive_float(text)
-    if epsilon > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is above 1, which is full brightness")
-    return epsilon
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     parser = cli.make_parser(__doc__)
@@ -504,11 +496,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--epsilons",
-        type=parse_epsilon,
+        type=cli.epsilon,
         nargs="+",
         default=EPSILONS,
         metavar="E",
-        help="largest change of a pixel, as a fraction of full brightness",
+        help=cli.EPSILON_HELP,
     )
     parser.add_argument(
         "--images",

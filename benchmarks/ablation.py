@@ -106,7 +106,7 @@ def filter_parts(recipe: Recipe, parts: list[Dataset], device: torch.device) -> 
 
 def main() -> None:
     """Print the table of contributions."""
-    parser = cli.make_parser(__doc__)
+    parser = cli.make_parser(__doc__, writes_files=False)
     parser.add_argument("--recipe", choices=RECIPES, default="tuned", help="whose ingredients")
     parser.add_argument("--runs", type=two_or_more, default=10, help="runs of each variant")
     parser.add_argument(

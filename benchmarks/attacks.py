@@ -77,10 +77,9 @@ def compare(
 
 def main() -> None:
     """Print the table."""
-    parser = cli.make_parser(__doc__)
+    parser = cli.make_parser(__doc__, writes_files=False)
     cli.add_checkpoint_option(parser, "models/tuned.ckpt and models/robust.ckpt", several=True)
-    text = "largest change of a pixel, as a fraction of full brightness"
-    parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255, help=text)
+    parser.add_argument("--epsilon", type=cli.epsilon, default=8 / 255, help=cli.EPSILON_HELP)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     dev = open_data(arguments.data).load("dev", arguments.quick)

@@ -39,7 +39,7 @@ def run(
 
 def main() -> None:
     """Print a row for each recipe."""
-    parser = cli.make_parser(__doc__, several_seeds=True)
+    parser = cli.make_parser(__doc__, several_seeds=True, writes_files=False)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     data = open_data(arguments.data)

@@ -86,10 +86,9 @@ def row_of(dataset: Dataset, before: Tensor, after: Tensor) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = cli.make_parser(__doc__)
+    parser = cli.make_parser(__doc__, writes_files=False)
     cli.add_checkpoint_option(parser, "models/robust.ckpt", several=True)
-    text = "largest change of a pixel, as a fraction of full brightness"
-    parser.add_argument("--epsilon", type=cli.positive_float, default=8 / 255, help=text)
+    parser.add_argument("--epsilon", type=cli.epsilon, default=8 / 255, help=cli.EPSILON_HELP)
     parser.add_argument(
         "--queries",
         type=cli.positive_int,

@@ -118,7 +118,7 @@ def fractions_of_time(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
 
 def main() -> None:
     """Time all contestants in turn and print the ratios."""
-    arguments = cli.make_parser(__doc__).parse_args()
+    arguments = cli.make_parser(__doc__, writes_files=False).parse_args()
     dataset = open_data(arguments.data).load("train", arguments.quick)
     torch.set_num_threads(1)
     crop = transforms.RandomCrop(32, padding=4, padding_mode="reflect")

@@ -28,6 +28,7 @@ MAX_EPOCHS = 10_000
 MAX_JSON_SIZE = 2**25  # bytes
 MAX_FOLDER_NAME = 60  # characters: if each has four bytes, no name can have more than 63
 FIGURE_DPI = 150
+EPSILON_HELP = "largest change of a pixel, as a fraction of full brightness"
 PACKAGES = "torch torchvision numpy scikit-learn scipy matplotlib pillow optuna"
 OWNER = "data_folder.txt"  # in each results folder: the path of its data
 PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
@@ -114,7 +115,9 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
-def make_parser(description: str | None, several_seeds: bool = False) -> argparse.ArgumentParser:
+def make_parser(
+    description: str | None, several_seeds: bool = False, writes_files: bool = True
+) -> argparse.ArgumentParser:
     """Return a parser with the options that all scripts share; a script adds its own."""
     parser = new_parser(description)
     parser.add_argument(
@@ -135,12 +138,13 @@ def make_parser(description: str | None, several_seeds: bool = False) -> argpars
     parser.add_argument(
         "--device", default="auto", help="cuda, mps or cpu; auto takes the first available"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder to write to (default: results/<data>, or report for report.py)",
-    )
+    if writes_files:
+        parser.add_argument(
+            "--out",
+            type=Path,
+            metavar="DIR",
+            help="folder to write to (default: results/<data>, or report for report.py)",
+        )
     parser.add_argument(
         "--quick", action="store_true", help="a dry run on few images; its numbers mean nothing"
     )
@@ -196,6 +200,14 @@ def positive_float(text: str) -> float:
     if not 0 < number < math.inf:
         several = "; separate several by spaces" if "," in text else ""
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0{several}")
+    return number
+
+
+def epsilon(text: str) -> float:
+    """Parse the epsilon of an attack: above 0, and at most 1, which is full brightness."""
+    number = positive_float(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 1, which is full brightness")
     return number
 
 

@@ -130,6 +130,10 @@ def test_defaults():
     )
 
 
+def test_what_writes_no_files_has_no_option_for_their_folder():
+    assert "out" not in parse(writes_files=False)
+
+
 @pytest.mark.parametrize(("text", "expected"), [("-1,1", (-1.0, 1.0)), ("0,1", (0.0, 1.0))])
 def test_pixel_range_is_one_of_the_two_in_use(text, expected):
     assert parse("--pixel-range", text).pixel_range == expected
@@ -149,6 +153,7 @@ def test_pixel_range_is_one_of_the_two_in_use(text, expected):
             {"1e-3": 0.001, "2": 2.0},
             ["0", "-1", "nan", "inf", "1e999", "a", ""],
         ),
+        (cli.epsilon, {"0.05": 0.05, "1": 1.0}, ["0", "-0.1", "1.01", "8/255"]),
     ],
 )
 def test_numbers_are_parsed_or_refused(kind, right, wrong):
