@@ -390,52 +390,6 @@ def batch_of(count):
     return to_float(dataset.images), dataset.labels
 
 
-def test_the_moving_average_includes_the_statistics_of_batch_norm():
-    run = Run(replace(NAIVE, network="SmallVGG", ema_decay=0.9), 10, CPU)
-    for value in (1.0, 2.0):  # the first update copies
-        for buffer in run.model.buffers():
-            buffer.fill_(value)
-        run.ema.update_parameters(run.model)
-    averages = {name: each for name, each in run.result.named_buffers() if "running" in name}
-    assert averages
-    for each in averages.values():
-        torch.testing.assert_close(each, torch.full_like(each, 1.1))
-
-
-def trained_run(recipe):
-    run = Run(recipe, 10, CPU)
-    run.model(torch.zeros(2, 3, 32, 32)).sum().backward()
-    run.optimizer.step()
-    run.scheduler.step()
-    return run
-
-
-@pytest.mark.parametrize("recipe", [NAIVE, TUNED])
-def test_optimizer_state_that_would_be_written_beyond_is_refused(recipe):
-    def load(change):
-        state = trained_run(recipe).state_dict()
-        values = state["optimizer"][0]
-        name = next(name for name in values if name != "step")
-        change(state, values, name)
-        run = Run(recipe, 10, CPU)
-        run.load_state_dict(state)
-        return run.optimizer.state[next(run.model.parameters())][name]
-
-    assert load(lambda state, values, name: None).abs().sum() > 0
-    for change in (
-        lambda state, values, name: values.update({name: values[name].flatten()[:2]}),
-        lambda state, values, name: values.update({name: torch.zeros(0)}),
-        lambda state, values, name: values.update({name: torch.ones(1).expand(values[name].shape)}),
-        lambda state, values, name: values.pop(name),
-        lambda state, values, name: values.update({name: [1.0]}),
-        lambda state, values, name: state["optimizer"].pop(1),
-        lambda state, values, name: state["optimizer"].update({0: state["optimizer"][1]}),
-        lambda state, values, name: state.update(epoch=1.0),
-    ):
-        with pytest.raises(ValueError, match="not the state of this run"):
-            load(change)
-
-
 def test_training_adjusts_by_the_prior_of_what_is_drawn(monkeypatch):
     seen = []
 
@@ -612,6 +566,40 @@ def test_a_run_that_goes_on_from_a_saved_state_ends_like_one_that_never_stopped(
     assert_equal_weights(resumed, whole)
 
 
+def trained_run(recipe):
+    run = Run(recipe, 10, CPU)
+    run.model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    run.optimizer.step()
+    run.scheduler.step()
+    return run
+
+
+@pytest.mark.parametrize("recipe", [NAIVE, TUNED])
+def test_optimizer_state_that_would_be_written_beyond_is_refused(recipe):
+    def load(change):
+        state = trained_run(recipe).state_dict()
+        values = state["optimizer"][0]
+        name = next(name for name in values if name != "step")
+        change(state, values, name)
+        run = Run(recipe, 10, CPU)
+        run.load_state_dict(state)
+        return run.optimizer.state[next(run.model.parameters())][name]
+
+    assert load(lambda state, values, name: None).abs().sum() > 0
+    for change in (
+        lambda state, values, name: values.update({name: values[name].flatten()[:2]}),
+        lambda state, values, name: values.update({name: torch.zeros(0)}),
+        lambda state, values, name: values.update({name: torch.ones(1).expand(values[name].shape)}),
+        lambda state, values, name: values.pop(name),
+        lambda state, values, name: values.update({name: [1.0]}),
+        lambda state, values, name: state["optimizer"].pop(1),
+        lambda state, values, name: state["optimizer"].update({0: state["optimizer"][1]}),
+        lambda state, values, name: state.update(epoch=1.0),
+    ):
+        with pytest.raises(ValueError, match="not the state of this run"):
+            load(change)
+
+
 def test_the_models_weights_are_the_average_that_the_recipe_asks_for():
     recipe = replace(QUICK, network="SmallVGG", batch_size=60, epochs=4, ema_decay=0.7)
     weights = []  # of each epoch, which is one step
@@ -627,6 +615,18 @@ def test_the_models_weights_are_the_average_that_the_recipe_asks_for():
         if weight.is_floating_point():
             assert torch.allclose(weight, average[name], atol=1e-6), name
     assert not torch.allclose(model.head.weight, weights[-1]["head.weight"], atol=1e-6)
+
+
+def test_the_moving_average_includes_the_statistics_of_batch_norm():
+    run = Run(replace(NAIVE, network="SmallVGG", ema_decay=0.9), 10, CPU)
+    for value in (1.0, 2.0):  # the first update copies
+        for buffer in run.model.buffers():
+            buffer.fill_(value)
+        run.ema.update_parameters(run.model)
+    averages = {name: each for name, each in run.result.named_buffers() if "running" in name}
+    assert averages
+    for each in averages.values():
+        torch.testing.assert_close(each, torch.full_like(each, 1.1))
 
 
 # ---- out of fold ----------------------------------------------------------------------------
