@@ -207,12 +207,17 @@ def compare(
     drawn = np.stack([_draw_recalls(group, generator) for group in by_class], axis=-1)
 
     differences = _per_run_difference(observed, fractions, score)
-    draws = _per_run_difference(drawn, fractions, score).mean(axis=-1)
+    difference, noise = float(differences.mean()), 0.0
     if runs > 1:
         standard_error = differences.std(ddof=1) / np.sqrt(runs)
-        draws = draws + standard_error * generator.standard_t(runs - 1, len(draws))
-    difference = float(differences.mean())
-    interval = _interval_around(draws, difference, TAIL / comparisons).tolist()
+        noise = standard_error * generator.standard_t(runs - 1, DRAWS)
+    # Where no image of a class is correct, the drawn recalls are still above 0, and the G-means far
+    # above: the interval also covers the case that the class is never recognized.
+    ends = []
+    for recalls in (drawn, np.where(observed > 0, drawn, 0)):
+        draws = _per_run_difference(recalls, fractions, score).mean(axis=-1)
+        ends.append(_interval_around(draws + noise, difference, TAIL / comparisons))
+    interval = [float(np.min(ends)), float(np.max(ends))]
     found = {"difference": difference, "interval": interval, "runs": runs}
     return found | {"text": describe_comparison(found)}
 

@@ -339,6 +339,21 @@ def test_a_mean_is_given_with_its_spread_if_there_are_several_runs(runs, text):
     assert metrics.format_mean(summary, "g_mean") == text
 
 
+@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("recalls", [(1.0, 0.0, 0.0), (0.98, 0.3, 0.0)])
+def test_comparisons_with_a_model_that_never_recognizes_a_class_cover_the_truth(recalls, runs):
+    generator, repeats, better = np.random.default_rng(3), 60, (0.92, 0.73, 0.71)
+    labels, covered = np.repeat([0, 1, 2], DEV_COUNTS), 0
+    for _ in range(repeats):
+        predicted, baseline = (
+            [draw_predictions(labels, each, generator) for _ in range(runs)]
+            for each in (better, recalls)
+        )
+        low, high = metrics.compare(labels, predicted, baseline)["interval"]
+        covered += low <= np.cbrt(np.prod(better)) <= high  # the baseline's own G-mean is 0
+    assert covered / repeats >= 0.9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("often", [0.1, 0.03, 0.005])
 def test_comparisons_cover_the_truth(often):
