@@ -183,18 +183,19 @@ def summarize(target: Target, labels: Tensor) -> dict[str, Any]:
 def summarize_attack(labels: Tensor, before: Tensor, attacked: Attacked) -> dict[str, Any]:
     """Return the scores under an attack, its success rate, and the most predicted class.
 
-    Over several runs, all values are means, interval ends included; `spread` is the standard
-    deviation.
+    Over several runs, the scores are means and `spread` is their standard deviation. `interval` is
+    the first run's: the uncertainty from the choice of images.
 
     Args:
         before: the classes predicted without an attack, [N].
     """
     runs = [summarize_run(labels, before, after) for after in attacked.predicted]
     fraction, label = (attacked.predicted.flatten().bincount() / attacked.predicted.numel()).max(0)
-    summary = metrics.mean_over_runs(runs)
+    names = (*SCORE_TITLES, "recall", "precision", "success_rate")
+    scores = [{name: run[name] for name in names} for run in runs]
+    summary = runs[0] | metrics.mean_over_runs(scores)
     summary["most_predicted"] = {"class": CLASS_NAMES[label], "fraction": fraction.item()}
     if attacked.noise is not None:
-        scores = [{name: run[name] for name in (*SCORE_TITLES, "success_rate")} for run in runs]
         summary |= {"spread": metrics.spread_over_runs(scores), "runs": runs}
     return summary
 
@@ -233,11 +234,11 @@ def print_summaries(numbers: dict[str, Any]) -> None:
     columns = ["model", "attack", "epsilon", *SCORE_TITLES.values()]
     cli.print_table([*columns, "attack success rate", "most predicted"], rows)
     cli.say(
-        "\nIn brackets: 95% intervals. Attack success rate: over the images classified correctly"
-        "\nwithout an attack. All else: over all images (the report's FGSM leaves out misclassified"
-        "\nones). Random noise and universal perturbations: mean of several seeds ± standard"
-        "\ndeviation. A universal perturbation that does not lower the balanced accuracy on train"
-        "\nis set to 0."
+        "\nAttack success rate: over the images classified correctly without an attack. All else:"
+        "\nover all images (the report's FGSM leaves out misclassified ones). Random noise and"
+        "\nuniversal perturbations: mean of several seeds ± standard deviation. In brackets: 95%"
+        "\nintervals, of the first seed if there are several. A universal perturbation that does"
+        "\nnot lower the balanced accuracy on train is set to 0."
     )
     for epsilon, comparison in numbers.get("comparison", {}).get("pgd", {}).items():
         cli.say(f"PGD with epsilon {epsilon}, balanced accuracy of robust: {comparison['text']}")
@@ -404,7 +405,7 @@ def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
                 for run in point.get("runs", []):
                     ax.plot(epsilon, run[score], ".", color=color, ms=3)
         ax.set(title=f"{name} model: {SCORE_TITLES[score]}", ylim=(-0.02, 1.02))
-        ax.set_xlabel("epsilon (dots: single seeds)")
+        ax.set_xlabel("epsilon (dots: each seed; bands: 95%, first seed)")
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure

@@ -79,7 +79,7 @@ def _by_name(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def mean_over_runs(runs: list[Any]) -> Any:
-    """Return the mean over several runs of numbers, or of dicts and lists of numbers."""
+    """Return the mean over several runs of numbers, or of dicts of numbers."""
     return _over_runs(np.mean, runs)
 
 
@@ -98,8 +98,6 @@ def format_mean(summary: Mapping[str, Any], score: str) -> str:
 def _over_runs(function: Callable[[list[float]], float], runs: list[Any]) -> Any:
     if isinstance(runs[0], dict):
         return {key: _over_runs(function, [run[key] for run in runs]) for key in runs[0]}
-    if isinstance(runs[0], list):
-        return [_over_runs(function, list(parts)) for parts in zip(*runs, strict=True)]
     return None if runs[0] is None else float(function(runs))
 
 

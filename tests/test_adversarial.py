@@ -76,6 +76,7 @@ def test_several_runs_are_given_by_mean_and_standard_deviation():
         assert both["spread"][name] == pytest.approx(np.std(values, ddof=1))
         assert [run[name] for run in both["runs"]] == values
     assert both["recall"]["truck"] == pytest.approx((0.5 + 1) / 2)
+    assert both["interval"] == single[0]["interval"]
     assert both["most_predicted"] == {"class": "truck", "fraction": pytest.approx(10 / 16)}
 
 

@@ -71,9 +71,10 @@ def test_a_class_of_one_image_scores_0_or_1():
 
 
 def test_spread_over_runs_by_hand():
-    runs = [{"g_mean": 0.5, "recall": [0.1]}, {"g_mean": 0.7, "recall": [0.1]}]
-    assert metrics.spread_over_runs(runs) == {"g_mean": pytest.approx(0.02**0.5), "recall": [0]}
-    assert metrics.spread_over_runs(runs[:1]) == {"g_mean": 0, "recall": [0]}
+    runs = [{"g_mean": g_mean, "recall": {"car": 0.1}} for g_mean in (0.5, 0.7)]
+    spread = {"g_mean": pytest.approx(0.02**0.5), "recall": {"car": 0}}
+    assert metrics.spread_over_runs(runs) == spread
+    assert metrics.spread_over_runs(runs[:1]) == {"g_mean": 0, "recall": {"car": 0}}
 
 
 def test_nothing_is_claimed_of_a_class_without_images():
