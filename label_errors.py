@@ -86,6 +86,7 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
 
     Raises:
         UserError: the file is broken.
+        OSError: it can't be written.
     """
     if path.exists():
         found = find_fingerprint(read_lines(path, dataset)[0])
@@ -98,6 +99,7 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
         earlier.replace(path)
     if not path.exists():
         return {}
+    path.open("ab").close()  # before the long work: on Windows, Excel locks the file
     corrections = read_corrections(path, dataset)
     if unreviewed_mark(corrections) in read_lines(path, dataset)[0]:
         return {}

@@ -24,12 +24,13 @@ import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
-MAX_EPOCHS = 10_000
+MAX_EPOCHS = 5_000  # a checkpoint holds the scores of each, and its size is limited
 MAX_JSON_SIZE = 2**25  # bytes
 MAX_FOLDER_NAME = 60  # characters: if each has four bytes, no name can have more than 63
 FIGURE_DPI = 150
 EPSILON_HELP = "largest change of a pixel, as a fraction of full brightness"
 PACKAGES = "torch torchvision numpy scikit-learn scipy matplotlib pillow optuna"
+WINDOWS_LOCKED = (5, 32)  # error codes: access denied, sharing violation
 OWNER = "data_folder.txt"  # in each results folder: the path of its data
 PARENT = "STOP_WITH_PROCESS"  # environment variable: the id of the report.py that runs a script
 
@@ -320,12 +321,24 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         write(part)
-        part.replace(path)
+        _rename(part, path)
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror or 'failed'}") from error
     finally:
         with contextlib.suppress(OSError):  # such as: its name is too long
             part.unlink(missing_ok=True)
+
+
+def _rename(source: Path, path: Path) -> None:
+    """Rename a file; on Windows, try for a second: virus scanners open new files for a moment."""
+    for pause in (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 0):
+        try:
+            source.replace(path)
+            return
+        except PermissionError as error:
+            if not pause or getattr(error, "winerror", None) not in WINDOWS_LOCKED:
+                raise
+            time.sleep(pause)
 
 
 def write_text(path: Path, text: str) -> None:

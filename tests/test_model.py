@@ -1,3 +1,4 @@
+import copy
 import io
 import os
 import pickle
@@ -6,7 +7,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from dataclasses import asdict
 
-from common.cli import PROJECT, UserError
+from common.cli import MAX_EPOCHS, PROJECT, UserError
 from common.data import open_data, to_float
 from common.metrics import evaluate
 from common.model import (
@@ -222,6 +223,15 @@ def test_a_bare_checkpoint_is_read_in_the_range_that_it_is_said_to_have(tmp_path
         expected = with_pixel_range(model, pixel_range or COURSE_RANGE)
         assert torch.equal(predict_logits(found.model, IMAGES), predict_logits(expected, IMAGES))
         assert (found.metadata, found.training, found.bare) == ({}, {}, True)
+
+
+def test_a_run_of_the_most_epochs_can_be_loaded(tmp_path):
+    recalls = [0.1, 0.2, 0.3]
+    epoch = {"loss": 0.5, "seconds": 0.25, "accuracy": 0.75, "balanced_accuracy": 0.2}
+    epoch |= {"g_mean": 0.6, "recall": recalls, "precision": recalls}
+    history = [{key: copy.copy(value) for key, value in epoch.items()} for _ in range(MAX_EPOCHS)]
+    save_checkpoint(tmp_path / "it.ckpt", new_model("SmallVGG"), {}, {"history": history})
+    assert load_checkpoint(tmp_path / "it.ckpt").training["history"] == history
 
 
 @pytest.mark.parametrize("metadata", [{}, {"recipe": {}}, {"trained_on": {}}, {"recipe": "best"}])
