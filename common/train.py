@@ -5,11 +5,12 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
@@ -550,11 +551,16 @@ def parallel_map(
         for job in progress_bar(jobs):
             yield _call(function, job)
         return
+    # Workers send objects of the script by this name of it. After `%run` in a notebook, it may be
+    # that of an earlier script.
+    sys.modules["__mp_main__"] = sys.modules["__main__"]
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         futures = [pool.submit(_call_in_worker, _ByValue((function, job))) for job in jobs]
         for future in progress_bar(futures):
+            while not wait([future], timeout=0.5).done:
+                pass  # on Windows, Ctrl-C can't end a wait without a timeout
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError("a process was killed, probably because the memory is full") from error

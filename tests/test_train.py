@@ -769,6 +769,45 @@ def test_jobs_keep_their_order_and_an_error_reaches_the_caller(monkeypatch):
     assert not multiprocessing.active_children()
 
 
+NOTEBOOK = """
+import multiprocessing, sys, types
+
+for name in ("earlier", "later"):  # as `%run` does it: a new main module in the same process
+    script = types.ModuleType("__main__")
+    script.__file__ = f"{name}.py"
+    sys.modules["__main__"] = script
+    exec(compile(open(script.__file__).read(), script.__file__, "exec"), vars(script))
+"""
+RUN_IN_NOTEBOOK = """
+from dataclasses import dataclass
+import common.train, torch
+
+@dataclass
+class Result:
+    number: int
+
+if __name__ == "__main__":
+    common.train.cpu_count = lambda: 2
+    jobs = [(1,), (2,)]
+    print(list(common.train.parallel_map(Result, jobs, torch.device("cpu"), "results")))
+"""
+
+
+@pytest.mark.slow
+def test_results_reach_a_script_that_a_notebook_runs_after_another(tmp_path):
+    (tmp_path / "earlier.py").write_text("")
+    (tmp_path / "later.py").write_text(RUN_IN_NOTEBOOK)
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "[Result(number=1), Result(number=2)]\n", done.stderr
+
+
 def kill_oneself():
     os.kill(os.getpid(), signal.SIGKILL)
 
