@@ -51,6 +51,8 @@ MAX_STEP_SECONDS = 1e7
 SECONDS_FOR_CTRL_C = 2.0  # that a script is given to stop by itself
 # What the results of each step depend on.
 CODE = "common/*.py data/*.py models/*.ckpt label_review.html"
+# What a step with another origin has left in its folder.
+STALE = "*.ckpt *.db* predictions*.csv"
 # What goes into the zip file to hand in, besides the report itself.
 PACKED = (
     "*.py *.html README.md LICENSE Makefile pyproject.toml requirements*.txt "
@@ -123,7 +125,7 @@ class Report:
         self.steps = [step for step in STEPS if step.full in (None, arguments.full)]
         self.seconds: dict[str, float] = {}
         self.versions = cli.versions()
-        choose_device(arguments.device)
+        self.device = choose_device(arguments.device).type
         source = open_data(arguments.data)
         # If the network comes back halfway, `auto` must not switch to another data set.
         self.data_option = source.name if source.name in PREPARED else arguments.data
@@ -177,6 +179,7 @@ class Report:
         return {
             "options": self.options_of(step),
             "data": self.data,
+            "device": self.device,
             "inputs": digest([path for path in inputs if path.is_file()]),
             "code": digest(code),
             "versions": self.versions,
@@ -211,9 +214,9 @@ class Report:
         options = origin["options"]
         if resume and "--recipe" in options:
             options = [*options, "--resume"]
-        else:
-            # A later --resume would continue these checkpoints, a hand-in pack these predictions.
-            for old in (*folder.glob("*.ckpt"), *folder.glob("predictions*.csv")):
+        elif not resume:
+            # These would be resumed later, or packed to hand in.
+            for old in (file for kind in STALE.split() for file in folder.glob(kind)):
                 old.unlink()
         cli.write_json(folder / "step.json", origin | {"seconds": None})
         with (folder / "printed.txt").open("wb") as printed:

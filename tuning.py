@@ -53,6 +53,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 from tqdm import tqdm
 
+COMMON = cli.PROJECT / "common"
 TRIALS = 20
 # Fewer epochs, so that more settings can be tried; one thread, as folds are trained in parallel.
 RECIPE = replace(TUNED, epochs=16, threads=1)
@@ -306,7 +307,8 @@ def open_study(url: str | None, folder: Path, name: str) -> optuna.Study:
 
 def study_name(recipe: Recipe, dataset: Dataset, seed: int) -> str:
     """Return a name that changes with everything that a trial's score depends on."""
-    rest = zlib.crc32(repr((recipe, SPACE, PARTS, FOLDS)).encode())
+    code = [path.read_text(encoding="utf-8") for path in sorted(COMMON.glob("*.py"))]
+    rest = zlib.crc32(repr((recipe, SPACE, PARTS, FOLDS, code)).encode())
     return f"{recipe.name}-{dataset.fingerprint}-epochs{recipe.epochs}-seed{seed}-{rest:08x}"
 
 

@@ -343,10 +343,22 @@ def test_stopped_training_with_other_options_is_not_resumed(make_report, scripts
     make_report()
     stale = tmp_path / "out/steps/recipes/final.ckpt"
     stale.write_bytes(b"of the old options")
+    trials = tmp_path / "out/steps/recipes/tuning.db"  # of a search with the old code, for example
+    trials.touch()
     scripts.stop_at = None
     make_report("--seed", "0,1")
     assert not any("--resume" in call for call in scripts.calls)
     assert stale.read_bytes() != b"of the old options"
+    assert not trials.exists()
+
+
+def test_results_of_another_device_are_not_taken_for_those_of_this_one(
+    make_report, scripts, monkeypatch
+):
+    make_report()
+    monkeypatch.setattr(report, "choose_device", lambda name: torch.device("cuda"))
+    make_report()
+    assert len(scripts.calls) == 9
 
 
 def test_other_seeds_run_only_what_takes_several(make_report, scripts):

@@ -138,7 +138,7 @@ def test_a_trial_that_another_worker_has_ended_meanwhile_does_no_harm(study):
     assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
-def test_the_name_of_a_study_tells_apart_what_can_not_be_compared():
+def test_the_name_of_a_study_tells_apart_what_can_not_be_compared(tmp_path, monkeypatch):
     data = make_dataset(), make_dataset("dev"), make_dataset(counts=(40, 12, 9))
     names = {tuning.study_name(TUNED, dataset, 0) for dataset in data}
     names |= {tuning.study_name(TUNED, data[0], 1)}
@@ -146,6 +146,9 @@ def test_the_name_of_a_study_tells_apart_what_can_not_be_compared():
     names |= {tuning.study_name(replace(TUNED, network="SmallVGG"), data[0], 0)}
     assert len(names) == 6
     assert tuning.study_name(TUNED, make_dataset(), 0) in names
+    (tmp_path / "train.py").write_text("changed")
+    monkeypatch.setattr(tuning, "COMMON", tmp_path)
+    assert tuning.study_name(TUNED, make_dataset(), 0) not in names
 
 
 # ---- the images held out --------------------------------------------------------------------
