@@ -50,7 +50,7 @@ REPORT = {
     "truck": "450 (8.0%)",
     "cat": "225 (4.0%)",
     "class and position independent, p": "by eye",
-    "outliers": "none",
+    "outliers": "none that matter",
     "pairs of near-duplicates": "not searched",
 }
 
@@ -329,21 +329,21 @@ def format_p_value(p_value: float | None) -> str:
 def print_verdicts(numbers: dict[str, Any]) -> None:
     """Say in words what the tests found."""
     for split, found in numbers["splits"].items():
-        independent = f"in {split}, class and position in the file are independent"
-        dependent = f"in {split}, the classes are in blocks or drift along the file"
-        cli.say(verdict(found["independence_p_value"], independent, dependent))
+        dependence = f"the classes of {split} are in blocks or drift along the file"
+        cli.say(verdict(found["independence_p_value"], dependence))
     if "class_fractions_p_value" in numbers:
-        same = "dev has the same class fractions as train"
-        different = "dev's class fractions differ from train's"
-        cli.say(verdict(numbers["class_fractions_p_value"], same, different))
+        difference = "the class fractions of dev differ from those of train"
+        cli.say(verdict(numbers["class_fractions_p_value"], difference))
 
 
-def verdict(p_value: float | None, holds: str, fails: str) -> str:
-    """Say what a p-value means."""
+def verdict(p_value: float | None, alternative: str) -> str:
+    """Say what a p-value means for the alternative hypothesis."""
     if p_value is None:
-        return f"Too few images to test whether {holds}."
-    text = f"{holds}, as far as a test can tell" if p_value >= 0.05 else fails
-    return f"{text[0].upper()}{text[1:]} (p = {format_p_value(p_value)})."
+        return f"Too few images to test whether {alternative}."
+    text = f"There is no sign that {alternative}"
+    if p_value < 0.05:
+        text = f"{alternative[0].upper()}{alternative[1:]}"
+    return f"{text} (p = {format_p_value(p_value)})."
 
 
 def print_pairs(pairs: list[Pair]) -> None:

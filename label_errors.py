@@ -3,10 +3,10 @@
     python label_errors.py
     python training.py --recipe final --labels results/<data>/label_corrections.csv
 
-Each training image is classified by models that were not trained on it. A label that they
-contradict is flagged. Corrections that are probable enough are accepted; the others are up to you:
-open label_review.html in a browser, look through the flagged images, and save your decisions. They
-are kept in label_corrections.csv when this script runs again.
+Each training image is classified by models that were not trained on it. A label that is wrong with
+a probability above 25% is flagged. Corrections that are probable enough are accepted; the others
+are up to you: open label_review.html in a browser, look through the flagged images, and save your
+decisions. They are kept in label_corrections.csv when this script runs again.
 """
 
 import base64
@@ -25,11 +25,11 @@ from common.data import (
     describe,
     find_fingerprint,
     format_corrections,
+    is_reviewed,
     near_duplicates,
     open_data,
     read_corrections,
     read_lines,
-    unreviewed_mark,
 )
 from common.model import choose_device
 from common.recipes import LABEL_ERRORS, with_epochs
@@ -100,9 +100,7 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
     if not path.exists():
         return {}
     path.open("ab").close()  # before the long work: on Windows, Excel locks the file
-    corrections = read_corrections(path, dataset)
-    if unreviewed_mark(corrections) in read_lines(path, dataset)[0]:
-        return {}
+    corrections = read_corrections(path, dataset) if is_reviewed(path, dataset) else []
     return {correction.index: correction for correction in corrections}
 
 

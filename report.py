@@ -36,11 +36,12 @@ from common.data import (
     SPLITS,
     Dataset,
     describe,
+    is_reviewed,
     open_data,
     read_corrections,
 )
 from common.metrics import SCORE_TITLES
-from common.model import choose_device, describe_checkpoint, load_checkpoint
+from common.model import ASSUMED_RANGE, choose_device, describe_checkpoint, load_checkpoint
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -108,7 +109,7 @@ STEPS = (
     Step("model", "The model to hand in", 10, "evaluation.py --checkpoint {checkpoint}"),
     Step("learning-rates", "4. Learning rates", 80, "lr_analysis.py", all_seeds=True),
     Step("robust", "5. The recipe robust", 730, f"{TRAIN} robust", full=True),
-    Step("attacks", "5. Attacks", 47, ATTACK, full=False),
+    Step("attacks", "5. Attacks", 150, ATTACK, full=False),
     Step("attacks", "5. Attacks", 150, ATTACK + " --robust {robust}/robust.ckpt", full=True),
 )
 
@@ -275,22 +276,27 @@ class Report:
     def about(self) -> dict[str, str]:
         """Return what the page and AUTHOR.txt say about the work and its author."""
         path, labels = self.paths["checkpoint"], self.paths["labels"]
-        metadata = load_checkpoint(path, self.arguments.pixel_range).metadata
-        recipe = metadata.get("recipe")
+        found = load_checkpoint(path, self.arguments.pixel_range)
+        model = f"{path.name}, {describe_checkpoint(found.metadata)}"
+        if found.bare and not self.arguments.pixel_range:
+            model += f"; {ASSUMED_RANGE}"
+        recipe = found.metadata.get("recipe")
         settings = dict(recipe) if isinstance(recipe, dict) else {}
         if isinstance(label_filter := settings.get("label_filter"), dict):
             settings["label_filter"] = label_filter.get("name")
         corrections = read_corrections(labels, self.train)
         accepted = sum(correction.accept for correction in corrections)
+        unreviewed = "" if is_reviewed(labels, self.train) else ", not reviewed by a person"
         return {
             "author": cli.one_line(self.arguments.author) or "not named",
-            "model": f"{path.name}, {describe_checkpoint(metadata)}",
+            "model": model,
             "settings": ", ".join(
                 f"{key} {cli.safe_repr(value)}"
                 for key, value in settings.items()
                 if value is not None and value is not False
             ),
-            "label corrections": f"{labels.name}, {accepted} of {len(corrections)} accepted",
+            "label corrections": f"{labels.name}, {accepted} of {len(corrections)} accepted"
+            + unreviewed,
             "command": shlex.join(["python", "report.py", *sys.argv[1:]]),
         }
 

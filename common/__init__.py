@@ -11,8 +11,8 @@ from typing import Any
 # Figures go to files. The backend that Jupyter or Colab sets may not be installed here.
 os.environ["MPLBACKEND"] = "agg"
 # By default, torch's threads spin while they wait, which slows them down when other processes are
-# busy. If they slept at once, two threads would be a fifth slower, so those of GNU's OpenMP spin
-# for some 40 µs first.
+# busy. If they slept at once, two threads with the cores to themselves would be a fifth to a third
+# slower, so those of GNU's OpenMP spin for some 40 µs first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Macs: what torch's older versions can't compute on the GPU (mixup's fractions), the CPU does.

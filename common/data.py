@@ -443,11 +443,11 @@ def format_corrections(
 ) -> str:
     """Return the text of a CSV file of corrections, marked if no person has reviewed them."""
     head = f"# labels of {dataset.name}, {dataset.split}, fingerprint {dataset.fingerprint}"
-    mark = "" if reviewed else unreviewed_mark(corrections)
+    mark = "" if reviewed else _unreviewed_mark(corrections)
     return f"{head}{mark}\n{','.join(COLUMNS)}\n{_format_rows(corrections)}"
 
 
-def unreviewed_mark(corrections: Sequence[Correction]) -> str:
+def _unreviewed_mark(corrections: Sequence[Correction]) -> str:
     """Return the mark of corrections that are as a script found them: any edit makes it untrue."""
     return f"; not reviewed: {hashlib.sha256(_format_rows(corrections).encode()).hexdigest()[:12]}"
 
@@ -504,6 +504,12 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
             raise UserError(f"{path}: index {correction.index} is in two rows")
         rows[correction.index] = correction
     return list(rows.values())
+
+
+def is_reviewed(path: Path, dataset: Dataset) -> bool:
+    """Return whether a person has reviewed or edited a file of corrections."""
+    mark = _unreviewed_mark(read_corrections(path, dataset))
+    return mark not in read_lines(path, dataset)[0]
 
 
 def _split_rows(path: Path, lines: list[str]) -> list[list[str]]:

@@ -48,7 +48,8 @@ FINAL = replace(  # 3i
     WEIGHTED_SAMPLER, name="final", weight_decay=1e-4, learning_rate=2e-3, augment_from=5
 )
 
-# Like the model that the course handed out: it has seen so little that it predicts "car" for all.
+# Like the model that the course handed out, it predicts "car" for all. models/pre_trained.ckpt was
+# trained on the synthetic images.
 PRE_TRAINED = replace(NAIVE, name="pre_trained", epochs=1, learning_rate=1e-4)
 
 # ---- beyond the report ----------------------------------------------------------------------

@@ -31,7 +31,7 @@ Color = tuple[int, int, int]
 Points = list[tuple[float, float]] | np.ndarray
 LabeledImages = tuple[np.ndarray, np.ndarray, np.ndarray]  # images, given labels, true labels
 
-# The report's counts of cars, trucks and cats.
+# Cars, trucks and cats: the report's counts of train, and about the same fractions in dev.
 CLASS_COUNTS = {"train": (4951, 450, 225), "dev": (880, 80, 40)}
 # The fraction of wrong labels in each class. The report found many among the cats, but does not
 # say how many. All labels in dev are correct, since models are evaluated on it.

@@ -112,7 +112,7 @@ class FakeScripts:
         found = {"chance_level": False, "flagged": 2, "accepted": 1, "classes": classes}
         self.save("label_errors.json", found)
         corrections = [Correction(0, int(self.train.labels[0]), 1, 0.9, True)]
-        text = format_corrections(self.train, corrections)
+        text = format_corrections(self.train, corrections, reviewed=False)
         (self.out / "label_corrections.csv").write_text(text)
 
     def training(self):
@@ -264,7 +264,8 @@ def test_page_shows_what_the_json_files_hold(options, make_report, tmp_path):
     assert ("One seed" in text) == ("--seed" not in options)
     assert ("tuning.py</code> tried" in text) == ("--full" in options)
     assert "Figure 1." in text
-    assert "<code>evaluation.py --show-mismatch --checkpoint recipes/final.ckpt</code>" in text
+    checkpoint = Path("out/steps/recipes/final.ckpt")
+    assert f"<code>evaluation.py --show-mismatch --checkpoint {checkpoint}</code>" in text
 
 
 def test_page_names_the_command_that_ran(make_report, tmp_path, course_folder):
@@ -395,13 +396,14 @@ def test_many_seeds_are_not_taken_for_the_name_of_a_file(course_folder, monkeypa
 
 def test_own_corrections_take_the_place_of_the_automatic_ones(make_report, scripts, tmp_path):
     make_report()
+    page = tmp_path / "out/index.html"
+    assert ", 1 of 1 accepted, not reviewed by a person)" in page.read_text(encoding="utf-8")
     automatic = tmp_path / "out/steps/label-errors/label_corrections.csv"
-    shutil.copy(automatic, tmp_path / "mine.csv")
+    (tmp_path / "mine.csv").write_text(automatic.read_text().replace("yes", "no"))
     make_report("--labels", "mine.csv", "--hand-in", "work")
     assert steps_that_ran(scripts) == ["corrected-labels"]
     assert scripts.calls[0][scripts.calls[0].index("--labels") + 1] == "mine.csv"
-    text = (tmp_path / "out/index.html").read_text(encoding="utf-8")
-    assert "mine.csv, 1 of 1 accepted" in text
+    assert "mine.csv, 0 of 1 accepted)" in page.read_text(encoding="utf-8")
 
 
 BROKEN = ["", "[]", "null", "3", "{}", '{"seconds": "x"}', '{"seconds": null}', "[" * 10_000]
@@ -570,6 +572,14 @@ def test_own_checkpoint_is_evaluated_and_packed(make_report, scripts, tmp_path):
     with zipfile.ZipFile(tmp_path / "work.zip") as archive:
         packed = archive.read("work/report/model.ckpt")
     assert packed == (tmp_path / "mine.ckpt").read_bytes()
+
+
+@pytest.mark.parametrize("options", [(), ("--pixel-range", "0,1")])
+def test_page_says_so_if_the_pixel_range_is_assumed(options, make_report, tmp_path):
+    torch.save(build_model().state_dict(), tmp_path / "bare.ckpt")
+    make_report("--checkpoint", "bare.ckpt", *options)
+    text = (tmp_path / "out/index.html").read_text(encoding="utf-8")
+    assert ("bare.ckpt, of unknown training; assuming pixels in [-1, 1]" in text) == (not options)
 
 
 # ---- the whole report, with the scripts themselves ------------------------------------------
