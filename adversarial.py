@@ -305,10 +305,9 @@ def draw_saliency(dataset: Dataset, targets: dict[str, Target]) -> Figure:
             cells += show_attacked(target, attacked, [index])
             cells.append((after, f"{name}, attacked:\nmaximum {after.max():.2g}"))
         rows[f"image {index}: {CLASS_NAMES[label]}"] = cells
-    title = (
-        f"Saliency before and after FGSM of {epsilon}: how much the loss changes with each pixel"
-    )
-    return draw_rows(f"{title}. Each map is scaled to its own maximum", rows, bool(examples))
+    title = f"Saliency before and after FGSM of {epsilon}: how much the loss changes with"
+    title += " each pixel. Each map is scaled to its own maximum"
+    return draw_rows(title, rows, bool(examples))
 
 
 def choose_epsilons(found: dict[str, Attacked]) -> dict[str, Attacked]:
@@ -319,11 +318,8 @@ def choose_epsilons(found: dict[str, Attacked]) -> dict[str, Attacked]:
 
 def choose_examples(labels: Tensor, before: Tensor, after: Tensor) -> list[int]:
     """Return a few images on which the attack succeeded, alternating classes, as in the report."""
-    succeeded = (before == labels) & (after != labels)
-    members = [
-        torch.nonzero(succeeded & (labels == label)).flatten().tolist()
-        for label in range(len(CLASS_NAMES))
-    ]
+    succeeded = torch.nonzero((before == labels) & (after != labels)).flatten()
+    members = [succeeded[labels[succeeded] == y].tolist() for y in range(len(CLASS_NAMES))]
     in_turn = chain.from_iterable(zip_longest(*members))
     return [index for index in in_turn if index is not None][:EXAMPLES]
 
@@ -337,9 +333,8 @@ def show_attacked(target: Target, attacked: Attacked, examples: list[int]) -> li
     """Return attacked images, each with prediction and confidence before -> after."""
     cells = []
     for index in examples:
-        before, after = (
-            logits[index].softmax(dim=0) for logits in (target.logits, attacked.logits[0])
-        )
+        before = target.logits[index].softmax(dim=0)
+        after = attacked.logits[0, index].softmax(dim=0)
         names = f"{CLASS_NAMES[before.argmax()]} -> {CLASS_NAMES[after.argmax()]}"
         cells.append((attacked.images[index], f"{names}\n{before.max():.0%} -> {after.max():.0%}"))
     return cells
@@ -357,11 +352,7 @@ def describe_scale(attacked: Attacked) -> str:
 
 
 def draw_rows(title: str, rows: dict[str, list[Cell]], has_examples: bool) -> Figure:
-    """Return a figure of labeled rows of images and maps, each under its caption.
-
-    Args:
-        has_examples: whether the attack succeeded on any image.
-    """
+    """Return a figure of labeled rows of images and maps, each under its caption."""
     title = title if has_examples else f"{title} (the attack succeeded on no image)"
     columns = max([1, *map(len, rows.values())])
     width = max(4, columns)  # a title needs some width too
@@ -384,16 +375,14 @@ def draw_rows(title: str, rows: dict[str, list[Cell]], has_examples: bool) -> Fi
 
 def draw_epsilons(summaries: dict[str, dict[str, Any]]) -> Figure:
     """Return a figure of all models, a row each, and scores, a column each, by epsilon."""
-    figure, axes = plots.new_figure(
-        len(summaries), len(SCORE_TITLES), width=12, height=3.4 * len(summaries) + 0.8
-    )
+    rows = len(summaries)
+    figure, axes = plots.new_figure(rows, len(SCORE_TITLES), width=12, height=3.4 * rows + 0.8)
     styles = zip(cycle(plots.PALETTE), cycle(plots.MARKERS), cycle(plots.LINE_STYLES), strict=False)
     looks = dict(zip(ATTACKS, styles, strict=False))
     panels = [(name, score) for name in summaries for score in SCORE_TITLES]
     for ax, (name, score) in zip(axes, panels, strict=True):
-        clean = summaries[name]["clean"]
         for attack, by_epsilon in summaries[name]["attacks"].items():
-            points = [clean, *by_epsilon.values()]
+            points = [summaries[name]["clean"], *by_epsilon.values()]
             epsilons = [0.0, *map(float, by_epsilon)]
             values = [point[score] for point in points]
             low, high = zip(*(point["interval"][score] for point in points), strict=True)
@@ -465,7 +454,7 @@ def load_all(
     loaded = {}
     for name, path in paths.items():
         loaded[name] = found = load_checkpoint(path, pixel_range, strict_range=False)
-        note = f"; {ASSUMED_RANGE}" if found.bare and not pixel_range else ""
+        note = f"; {ASSUMED_RANGE}" if found.assumed_range else ""
         cli.say(f"{path}: {describe_checkpoint(found.metadata)}{note}")
     if pixel_range and not any(each.bare for each in loaded.values()):
         raise UserError("--pixel-range: each of these checkpoints has its own; omit the option")

@@ -129,7 +129,7 @@ def evaluate(
     logits = finite_logits(loaded.model, dataset.images, name)
     scores = metrics.evaluate(dataset.labels, logits.argmax(dim=1))
     found = Evaluated(name, loaded.metadata, logits, scores)
-    if arguments.pixel_range or not loaded.bare:
+    if not loaded.assumed_range:
         found.pixel_range = loaded.model.pixel_range
     if arguments.show_mismatch or not found.pixel_range:
         found.other_range = evaluate_other_range(loaded.model, found, dataset)
@@ -144,8 +144,7 @@ def evaluate_other_range(model: Classifier, found: Evaluated, dataset: Dataset) 
     """
     low, high = other = (0.0, 1.0) if model.pixel_range == COURSE_RANGE else COURSE_RANGE
     name = f"{found.name}: with pixels in [{low:g}, {high:g}]"
-    logits = finite_logits(with_pixel_range(model, other), dataset.images, name)
-    predicted = logits.argmax(dim=1)
+    predicted = finite_logits(with_pixel_range(model, other), dataset.images, name).argmax(dim=1)
     compared = metrics.compare(dataset.labels, predicted, found.predicted)
     scores = metrics.evaluate(dataset.labels, predicted)
     return scores | {"pixel_range": other, "comparison": compared}
@@ -266,10 +265,8 @@ def draw_calibration(dataset: Dataset, probabilities: Tensor, ece: float) -> Fig
     ax.plot([0, 1], [0, 1], "--", color="0.5", label="perfectly calibrated")
     settings = {"fmt": "o", "color": plots.PALETTE[0], "capsize": 3}
     ax.errorbar(x, y, np.abs(np.transpose(ends) - y), label="this model, 95% interval", **settings)
-    for place, height, count in zip(x, y, counts, strict=True):
-        ax.annotate(
-            f"{count}", (place, height), (-5, 5), textcoords="offset points", fontsize=8, ha="right"
-        )
+    for *point, count in zip(x, y, counts, strict=True):
+        ax.annotate(f"{count}", point, (-5, 5), textcoords="offset points", fontsize=8, ha="right")
     ax.set(xlim=(0.3, 1.02), ylim=(-0.05, 1.05))
     ax.set(xlabel="confidence (highest probability)", ylabel="fraction classified correctly")
     title = f"Expected calibration error {ece:.3f}\n(numbers: images in each bin)"
@@ -479,9 +476,8 @@ def draw_ranking(models: list[Evaluated], rank_by: str) -> Figure:
         offsets = np.linspace(-0.2, 0.2, len(keys))
         for key, offset, color, marker in zip(keys, offsets, colors, plots.MARKERS, strict=False):
             x, low, high = np.array([table[key] for table in tables]).T
-            settings = {"fmt": marker, "color": color, "label": TITLES[key]}
-            settings |= {"markersize": 5, "capsize": 2}
-            ax.errorbar(x, y + offset, xerr=(x - low, high - x), **settings)
+            style = {"fmt": marker, "color": color, "markersize": 5, "capsize": 2}
+            ax.errorbar(x, y + offset, xerr=(x - low, high - x), label=TITLES[key], **style)
         for place in y[[_is_tied(model) for model in models]]:
             ax.axhspan(place - 0.5, place + 0.5, color="0.93", lw=0)
         ax.set(xlim=(-0.02, 1.02), ylim=(len(models) - 0.5, -0.5), xlabel="score, 95% interval")
@@ -503,14 +499,13 @@ def classify_files(arguments: argparse.Namespace) -> None:
     if others:
         raise UserError("--image: goes with one checkpoint only")
     loaded = load(source, arguments)
-    model = loaded.model
-    if loaded.bare and not arguments.pixel_range:
+    if loaded.assumed_range:
         cli.say(ASSUMED_RANGE)
     names, images = read_images(arguments.image)
-    probabilities = finite_logits(model, images, source.name).softmax(dim=1)
+    probabilities = finite_logits(loaded.model, images, source.name).softmax(dim=1)
     predicted = probabilities.argmax(dim=1)
     shown = slice(IMAGES_SHOWN)
-    maps = saliency(model, to_float(images[shown]), predicted[shown])
+    maps = saliency(loaded.model, to_float(images[shown]), predicted[shown])
 
     fingerprint = Dataset("images", "files", images, predicted).fingerprint
     data = {"name": "images", "splits": {"files": {"fingerprint": fingerprint}}}

@@ -144,8 +144,7 @@ def inspect_all(datasets: dict[str, Dataset]) -> tuple[dict[str, Any], list[Pair
     splits = {split: inspect(dataset, within[split]) for split, dataset in datasets.items()}
     numbers, across = {"splits": splits}, []
     if len(datasets) == len(SPLITS):
-        counts = [dataset.class_counts for dataset in datasets.values()]
-        tested = chi2_contingency(counts)
+        tested = chi2_contingency([dataset.class_counts for dataset in datasets.values()])
         enough = tested.expected_freq.min() >= MIN_EXPECTED
         numbers["class_fractions_p_value"] = float(tested.pvalue) if enough else None
         across = find_pairs(datasets["dev"], datasets["train"])

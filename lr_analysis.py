@@ -49,12 +49,9 @@ EDGE = 10  # steps at either end that are never suggested: the slope there is to
 # ---- losses at given rates ------------------------------------------------------------------
 
 
-def losses_at_rate(
-    rate: float, recipe: Recipe, dataset: Dataset, seed: int, device: torch.device
-) -> list[float]:
-    """Train a new model at one learning rate; return the loss of each step."""
+def step_losses(recipe: Recipe, dataset: Dataset, seed: int, device: torch.device) -> list[float]:
+    """Train a new model; return the loss of each step."""
     losses: list[float] = []
-    recipe = replace(recipe, learning_rate=rate)
     train(recipe, dataset, seed, device, lambda run, epoch_losses: losses.extend(epoch_losses))
     return losses
 
@@ -201,8 +198,7 @@ def mark_divergence(ax: Axes, curves: Mapping[float, np.ndarray]) -> Axes:
     for row, (step, rate, line) in enumerate(marked):
         height = 0.95 - 0.06 * row
         ax.plot(step, height, "X", color=line.get_color(), mec="k", transform=above)
-        text = f"   {rate:g} diverges"
-        ax.text(step, height, text, transform=above, va="center", fontsize=8)
+        ax.text(step, height, f"   {rate:g} diverges", transform=above, va="center", fontsize=8)
     return ax
 
 
@@ -236,8 +232,9 @@ def train_at_rates(
     rates: list[float], recipe: Recipe, dataset: Dataset, seeds: list[int], device: torch.device
 ) -> dict[float, np.ndarray]:
     """Train at each rate with each seed, in parallel; return losses [seeds, steps] by rate."""
-    jobs = [(rate, recipe, dataset, seed, device) for rate in rates for seed in seeds]
-    losses = list(parallel_map(losses_at_rate, jobs, device, "learning rates"))
+    recipes = [replace(recipe, learning_rate=rate) for rate in rates]
+    jobs = [(each, dataset, seed, device) for each in recipes for seed in seeds]
+    losses = list(parallel_map(step_losses, jobs, device, "learning rates"))
     return dict(zip(rates, np.array(losses).reshape(len(rates), len(seeds), -1), strict=True))
 
 
@@ -254,8 +251,7 @@ def run_range_test(
             f"; after {recipe.epochs} epochs {best:g} has the lowest loss of the rates above"
             " (the test sees only the first steps of a run)"
         )
-    numbers = {"rates": rates, "losses": losses, "suggestion": suggestion}
-    return numbers | {"explanation": explanation}
+    return {"rates": rates, "losses": losses, "suggestion": suggestion, "explanation": explanation}
 
 
 def summarize_rates(curves: Mapping[float, np.ndarray]) -> dict[str, dict[str, Any]]:

@@ -137,12 +137,11 @@ class Report:
         if arguments.checkpoint:
             load_checkpoint(arguments.checkpoint, arguments.pixel_range)
 
-        top = "{best}/best.ckpt" if arguments.full else "{recipes}/tuned.ckpt"
-        labels = "{label-errors}/label_corrections.csv"
-        self.paths = {step.name: folder / "steps" / step.name for step in self.steps}
-        self.paths |= {
-            "checkpoint": arguments.checkpoint or Path(top.format_map(self.paths)),
-            "labels": arguments.labels or Path(labels.format_map(self.paths)),
+        steps = folder / "steps"
+        top = "best/best.ckpt" if arguments.full else "recipes/tuned.ckpt"
+        self.paths = {step.name: steps / step.name for step in self.steps} | {
+            "checkpoint": arguments.checkpoint or steps / top,
+            "labels": arguments.labels or steps / "label-errors/label_corrections.csv",
         }
 
     def run(self) -> None:
@@ -278,7 +277,7 @@ class Report:
         path, labels = self.paths["checkpoint"], self.paths["labels"]
         found = load_checkpoint(path, self.arguments.pixel_range)
         model = f"{path.name}, {describe_checkpoint(found.metadata)}"
-        if found.bare and not self.arguments.pixel_range:
+        if found.assumed_range:
             model += f"; {ASSUMED_RANGE}"
         recipe = found.metadata.get("recipe")
         settings = dict(recipe) if isinstance(recipe, dict) else {}

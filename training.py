@@ -197,11 +197,9 @@ def is_whole(state: dict[str, Any], recipe: Recipe, dataset: Dataset, dev: Datas
     example: dict[str, Any] = {"history": [epoch] * epochs}
     if "logits" in state:
         example["logits"] = torch.zeros(len(dev), len(CLASS_NAMES))
-        return (
-            same_layout(state, example)
-            and bool(state["logits"].isfinite().all())
-            and epochs == recipe.epochs
-        )
+        if epochs != recipe.epochs or not same_layout(state, example):
+            return False
+        return bool(state["logits"].isfinite().all())
     if state["run"]["epoch"] != epochs or epochs > recipe.epochs:
         return False
     run = Run(recipe, len(dataset), torch.device("cpu"))
@@ -305,9 +303,8 @@ def draw_curves(summary: dict[str, Any]) -> Figure:
 
 def draw_comparison(summaries: dict[str, dict[str, Any]], dev: Dataset) -> Figure:
     """Return a figure of all recipes: scores with 95% intervals, each seed, and the report's."""
-    figure, axes = plots.new_figure(
-        1, len(SCORE_TITLES), width=12, height=0.45 * len(summaries) + 2
-    )
+    height = 0.45 * len(summaries) + 2
+    figure, axes = plots.new_figure(1, len(SCORE_TITLES), width=12, height=height)
     always_car = metrics.scores(metrics.confusion_matrix(dev.labels, torch.zeros_like(dev.labels)))
     ours, theirs = plots.PALETTE[0], plots.PALETTE[3]
     for ax, (score, title) in zip(axes, SCORE_TITLES.items(), strict=True):

@@ -144,7 +144,6 @@ def search(
 
     Args:
         score: of a recipe; the higher, the better.
-        after_trial: called after each.
     """
     done, own = complete_trials(study), settings_of(recipe)
     if own not in [trial.params for trial in done]:
@@ -284,11 +283,7 @@ def storage_errors(shown: str, *others: type[Exception]) -> Iterator[None]:
 
 
 def open_study(url: str | None, folder: Path, name: str) -> optuna.Study:
-    """Return the study of that name with its trials so far; a new one if there is none.
-
-    Args:
-        url: of the database; None for a file in the folder.
-    """
+    """Return the study of that name, or a new one; without a URL, from a file in the folder."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options: dict[str, Any] = {}
     if url is None:  # a folder's name may contain characters special in URLs
@@ -359,16 +354,15 @@ def main() -> None:
     def score(tried: Recipe) -> float:
         return g_mean(searched.labels, cross_val_logits(tried, searched, seed, device))
 
+    def save() -> None:  # after each trial, so that intermediate results can be used
+        results.save_json("tuning", search_entry(study, recipe))
+
     trials = arguments.trials or (3 if arguments.quick else TRIALS)
     database = arguments.storage or str(results.folder / "tuning.db")
     with storage_errors(database, Exception):  # a damaged one can fail in any way
         study = open_study(url, results.folder, study_name(recipe, dataset, seed))
         end_killed_trials(study)
     with storage_errors(database):
-
-        def save() -> None:  # after each trial, so that intermediate results can be used
-            results.save_json("tuning", search_entry(study, recipe))
-
         search(study, recipe, trials, score, seed, save)
         numbers = search_entry(study, recipe)
     best = replace(recipe, **numbers["best"]["settings"])

@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 MAX_EPOCHS = 5_000  # a checkpoint holds the scores of each, and its size is limited
 MAX_JSON_SIZE = 2**25  # bytes
-MAX_FOLDER_NAME = 60  # characters: if each has four bytes, no name can have more than 63
+MAX_FOLDER_NAME = 60  # characters; if each has four bytes, file systems allow 63
 FIGURE_DPI = 150
 EPSILON_HELP = "largest change of a pixel, as a fraction of full brightness"
 PACKAGES = "torch torchvision numpy scikit-learn scipy matplotlib pillow optuna"
@@ -73,7 +73,7 @@ def say(text: str = "", error: bool = False) -> None:
 
 
 def say_stopped(text: str) -> None:
-    """Say something after Ctrl-C; not in a script that report.py runs, which says it itself."""
+    """Say something after Ctrl-C, except under report.py, which says it itself."""
     if PARENT not in os.environ:
         say(f"\n{text}", error=True)
 
@@ -441,8 +441,7 @@ class Results:
         kind = " (drawn by the project, no photographs)" if self.data["name"] == "synthetic" else ""
         prints = [f"{split} {each['fingerprint']}" for split, each in self.data["splits"].items()]
         line = clean(f"{quick}Data: {self.data['name']}{kind}, {', '.join(prints)}")
-        style = {"ha": "left", "fontsize": 7, "color": "0.4", "parse_math": False}
-        figure.supxlabel(line, x=0.01, **style)
+        figure.supxlabel(line, x=0.01, ha="left", fontsize=7, color="0.4", parse_math=False)
         with warnings.catch_warnings(action="ignore"):  # of characters that the font lacks
             self.save(f"{name}.png", lambda path: figure.savefig(path, dpi=FIGURE_DPI))
             if not any(ax.images for ax in figure.axes):

@@ -33,11 +33,11 @@ IMAGE_SIZE = 32
 QUICK_COUNT = 60  # images per class in a dry run
 
 DATA_FOLDER = PROJECT / "data"
-PREPARED = ("cifar10", "synthetic")  # made by data/cifar10.py and data/synthetic.py
+PREPARED = {"cifar10": cifar10, "synthetic": synthetic}  # by the module that makes them
 OTHER_SPLITS = ("val", "valid", "validation", "test")  # a note says that they are not read
 
 MAX_FILE_SIZE = 2**24  # bytes, of an image
-MAX_ROW_SIZE = 200  # bytes, of a row of label corrections, on average
+MAX_ROW_SIZE = 200  # bytes of label corrections per image, beyond the first megabyte
 MAX_PIXELS = 50_000_000  # of an image that is to be scaled down
 
 
@@ -209,7 +209,7 @@ def _open_prepared(name: str) -> DataFolder:
     if not _is_prepared(name):
         with FileLock(DATA_FOLDER / f".{name}.lock"):  # two scripts may be started at once
             if not _is_prepared(name):
-                {"cifar10": cifar10, "synthetic": synthetic}[name].prepare(folder)
+                PREPARED[name].prepare(folder)
     return DataFolder(name, folder)
 
 
@@ -227,11 +227,9 @@ def _open_folder(path: Path) -> DataFolder:
             f"--data {path}: holds neither pickles (train.pickle, dev.pickle) nor image files "
             "(train/<class>/*.png, dev/<class>/*.png)"
         )
-    for other in OTHER_SPLITS:
-        if folder.has(other):
-            say(
-                f"note: {path}: split {other} is not read; the splits are train and dev", error=True
-            )
+    for each in OTHER_SPLITS:
+        if folder.has(each):
+            say(f"note: {path}: split {each} is not read; the splits are train and dev", error=True)
     return folder
 
 
@@ -366,9 +364,7 @@ def near_duplicates(images: Tensor, others: Tensor | None = None) -> list[tuple[
     return list(zip(i[order].tolist(), j[order].tolist(), values, strict=True))
 
 
-def _correlated_pairs(
-    images: Tensor, others: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _correlated_pairs(images: Tensor, others: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return i, j and correlation, [pairs] each, of all near-duplicates, block by block."""
     found = []
     for row, block in enumerate(images.split(BLOCK)):

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -163,15 +162,12 @@ class SmallVGG(Classifier):
     pooling, where it has a quarter of the work.
     """
 
-    WIDTHS = (16, 32, 64, 128)
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stem = nn.Conv2d(3, self.WIDTHS[0], kernel_size=2)  # 32x32 -> 31x31
-        self.stages = nn.Sequential(  # 31x31 -> 15x15 -> 7x7 -> 3x3
-            *(self._stage(*widths) for widths in itertools.pairwise(self.WIDTHS))
-        )
-        self.head = nn.Linear(self.WIDTHS[-1], len(CLASS_NAMES))
+        self.stem = nn.Conv2d(3, 16, kernel_size=2)  # 32x32 -> 31x31
+        # 31x31 -> 15x15 -> 7x7 -> 3x3
+        self.stages = nn.Sequential(self._stage(16, 32), self._stage(32, 64), self._stage(64, 128))
+        self.head = nn.Linear(128, len(CLASS_NAMES))
 
     @staticmethod
     def _stage(width_in: int, width: int) -> nn.Module:
@@ -284,7 +280,8 @@ class Checkpoint:
     model: Classifier  # in eval mode
     metadata: dict[str, Any]  # recipe, seed and data; {} if the checkpoint is bare
     training: dict[str, Any]  # what `save_checkpoint` was given as `training`
-    bare: bool  # it holds weights only, so its pixel range is unknown
+    bare: bool  # it holds weights only
+    assumed_range: bool  # nobody has named the pixel range of a bare one
 
 
 def load_checkpoint(
@@ -299,8 +296,8 @@ def load_checkpoint(
         file: the checkpoint's path, or its content.
         pixel_range: the range that a bare checkpoint was trained on; None means [-1, 1].
         name: the file's name in messages; its path if empty.
-        strict_range: refuse a pixel range for a checkpoint that has its own; False ignores it, as
-            it may be meant for another checkpoint of the command.
+        strict_range: refuse a pixel range for a checkpoint that has its own. False, for commands
+            with several checkpoints, uses it for the bare ones only.
 
     Raises:
         UserError: no such file, not a checkpoint, or weights of another network.
@@ -317,7 +314,8 @@ def load_checkpoint(
     _check_weights(weights, model, name)
     model.load_state_dict(weights)
     training = training if isinstance(training, dict) else {}
-    return Checkpoint(model.eval(), _metadata_of(content, name), training, bare)
+    assumed = bare and pixel_range is None
+    return Checkpoint(model.eval(), _metadata_of(content, name), training, bare, assumed)
 
 
 def describe_checkpoint(metadata: dict[str, Any]) -> str:

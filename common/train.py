@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from joblib import cpu_count  # knows the limits of containers, and Windows' 61 processes
 from torch import Tensor, nn
 from torch.distributions import Beta
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -164,27 +166,19 @@ def compute_loss(
     attacked = trades_perturbation(model, images, recipe.epsilon)
     with autocast(images.device):  # as one batch, so that batch norm sees both kinds of images
         logits, attacked_logits = model(torch.cat([images, attacked])).float().chunk(2)
-    divergence = F.kl_div(
-        attacked_logits.log_softmax(dim=1), logits.softmax(dim=1), reduction="batchmean"
-    )
+    log_probabilities = attacked_logits.log_softmax(dim=1)
+    divergence = F.kl_div(log_probabilities, logits.softmax(dim=1), reduction="batchmean")
     return F.cross_entropy(logits + log_prior, targets) + recipe.trades_beta * divergence
 
 
 class Run:
-    """All state that changes during training, to be saved and loaded as a whole.
-
-    Attributes:
-        epoch: number of completed epochs.
-        model: the model in training.
-        ema: the exponential moving average of its weights, if the recipe has one.
-    """
+    """All state that changes during training, to be saved and loaded as a whole."""
 
     def __init__(self, recipe: Recipe, count: int, device: torch.device) -> None:
-        self.epoch = 0
-        self.model = build_model(
-            recipe.network, tta_flip=recipe.tta_flip, tta_shift=recipe.tta_shift
-        ).to(device)
-        self.ema = None
+        self.epoch = 0  # number of completed epochs
+        tta = {"tta_flip": recipe.tta_flip, "tta_shift": recipe.tta_shift}
+        self.model = build_model(recipe.network, **tta).to(device)
+        self.ema = None  # or the exponential moving average of the model's weights
         if recipe.ema_decay:
             average = get_ema_multi_avg_fn(recipe.ema_decay)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
@@ -214,7 +208,7 @@ class Run:
         """
         for weight in self.model.parameters():
             weight.grad = torch.zeros_like(weight)
-        self.optimizer.step()  # gives it a state to compare with: loading one checks no shapes
+        self.optimizer.step()  # creates the state whose layout is compared: loading checks none
         if not same_layout(state, self.state_dict()):
             raise ValueError("not the state of this run")
         self.model.load_state_dict(state["model"])
@@ -380,7 +374,7 @@ def mixup(images: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]
 # ---- optimizers -----------------------------------------------------------------------------
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """Return the recipe's optimizer for all weights of a model."""
     weights, rate, decay = list(model.parameters()), recipe.learning_rate, recipe.weight_decay
     graphed = weights[0].device.type == "cuda"
@@ -388,20 +382,16 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         rate = torch.tensor(rate, device=weights[0].device)
     if recipe.optimizer == "muon":
         return Muon(weights, rate, decay)
-    return torch.optim.Adam(weights, rate, weight_decay=decay, fused=True, capturable=graphed)
+    return Adam(weights, rate, weight_decay=decay, fused=True, capturable=graphed)
 
 
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+def make_scheduler(optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int) -> LRScheduler:
     """Return the recipe's learning-rate schedule, to be stepped after each batch."""
     if recipe.schedule == "step":
-        return torch.optim.lr_scheduler.StepLR(
-            optimizer, recipe.step_size * steps_per_epoch, recipe.gamma
-        )
+        return StepLR(optimizer, recipe.step_size * steps_per_epoch, recipe.gamma)
     total = recipe.epochs * steps_per_epoch
     factor = warmup_cosine if recipe.schedule == "warmup-cosine" else lambda progress: 1.0
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor((step + 0.5) / total))
+    return LambdaLR(optimizer, lambda step: factor((step + 0.5) / total))
 
 
 def warmup_cosine(progress: float) -> float:
@@ -410,7 +400,7 @@ def warmup_cosine(progress: float) -> float:
     return min(progress / WARMUP, (1 + math.cos(math.pi * decay)) / 2)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
 
     Momentum, then an update whose singular values are all about the same, so that rare directions

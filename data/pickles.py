@@ -149,8 +149,8 @@ class _Calls:
         self.results: dict[int, tuple[Any, Any]] = {}
 
     def _once(self, function: Callable[[Any], Any], argument: Any) -> Any:
-        # Equal arguments are not looked for: long ones take long to compare. As an argument is
-        # kept, its id stays its own.
+        # By id, because long arguments take long to compare. The argument is kept, so that no
+        # other object gets its id.
         if id(argument) not in self.results:
             self.results[id(argument)] = argument, function(argument)
         return self.results[id(argument)][1]

@@ -13,6 +13,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,7 @@ def write_course_form(folder: Path, splits: dict[str, LabeledImages]) -> None:
         pixels = torch.from_numpy(images).float() / 127.5 - 1
         items = [(x.clone(), int(y)) for x, y in zip(pixels, given, strict=True)]
         content = pickle.dumps(items, protocol=4)
-        cli.write_atomic(
-            folder / f"{split}.pickle", lambda path, content=content: path.write_bytes(content)
-        )
+        cli.write_atomic(folder / f"{split}.pickle", partial(Path.write_bytes, data=content))
 
 
 def draw_images(labels: np.ndarray, seed: int) -> np.ndarray:

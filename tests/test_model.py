@@ -208,7 +208,7 @@ def test_a_checkpoint_rebuilds_its_model_alone(network, tmp_path):
     assert found.metadata == metadata
     assert torch.equal(loaded_training.pop("logits"), training.pop("logits"))
     assert loaded_training == training
-    assert not found.bare
+    assert not found.bare and not found.assumed_range
     expected = "recipe best, 30 epochs, seed 7, trained on synthetic"
     assert describe_checkpoint(found.metadata) == expected
     once = metadata | {"recipe": asdict(PRE_TRAINED)}
@@ -223,6 +223,7 @@ def test_a_bare_checkpoint_is_read_in_the_range_that_it_is_said_to_have(tmp_path
         expected = with_pixel_range(model, pixel_range or COURSE_RANGE)
         assert torch.equal(predict_logits(found.model, IMAGES), predict_logits(expected, IMAGES))
         assert (found.metadata, found.training, found.bare) == ({}, {}, True)
+        assert found.assumed_range == (pixel_range is None)
 
 
 def test_a_run_of_the_most_epochs_can_be_loaded(tmp_path):

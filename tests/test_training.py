@@ -591,7 +591,7 @@ def test_corrected_labels_are_trained_on_and_those_of_other_data_refused(
             ("--recipe", "naive", "--settings", "a.json"),
             "--recipe and --settings exclude each other",
         ),
-        (("--epochs", "0"), "'0' is not a whole number from 1 to 10000"),
+        (("--epochs", "0"), "'0' is not a whole number from 1 to 5000"),
     ],
 )
 def test_options_that_do_not_go_together_end_with_one_line(run_training, options, message):
