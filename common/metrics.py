@@ -210,9 +210,11 @@ def compare(
         standard_error = differences.std(ddof=1) / np.sqrt(runs)
         noise = standard_error * generator.standard_t(runs - 1, DRAWS)
     # Where no image of a class is correct, the drawn recalls are still above 0, and the G-means far
-    # above: the interval also covers the case that the class is never recognized.
+    # above. The interval also covers the cases that one of the models, or both, never recognize it.
+    never, is_baseline = observed == 0, np.arange(2 * runs)[:, None] < runs
     ends = []
-    for recalls in (drawn, np.where(observed > 0, drawn, 0)):
+    for zeros in (np.False_, never, never & is_baseline, never & ~is_baseline):
+        recalls = np.where(zeros, 0, drawn)
         draws = _per_run_difference(recalls, fractions, score).mean(axis=-1)
         ends.append(_interval_around(draws + noise, difference, TAIL / comparisons))
     interval = [float(np.min(ends)), float(np.max(ends))]

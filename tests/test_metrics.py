@@ -340,10 +340,19 @@ def test_a_mean_is_given_with_its_spread_if_there_are_several_runs(runs, text):
     assert metrics.format_mean(summary, "g_mean") == text
 
 
-@pytest.mark.parametrize("runs", [1, 3])
-@pytest.mark.parametrize("recalls", [(1.0, 0.0, 0.0), (0.98, 0.3, 0.0)])
-def test_comparisons_with_a_model_that_never_recognizes_a_class_cover_the_truth(recalls, runs):
-    generator, repeats, better = np.random.default_rng(3), 60, (0.92, 0.73, 0.71)
+@pytest.mark.parametrize(
+    ("recalls", "better", "runs"),
+    [
+        ((1.0, 0.0, 0.0), (0.92, 0.73, 0.71), 1),
+        ((0.98, 0.3, 0.0), (0.92, 0.73, 0.71), 1),
+        ((0.98, 0.3, 0.0), (0.92, 0.73, 0.71), 3),
+        ((0.98, 0.3, 0.0), (0.95, 0.5, 0.03), 1),  # of 34 cats, often none is correct here either
+    ],
+)
+def test_comparisons_with_a_model_that_never_recognizes_a_class_cover_the_truth(
+    recalls, better, runs
+):
+    generator, repeats = np.random.default_rng(3), 60
     labels, covered = np.repeat([0, 1, 2], DEV_COUNTS), 0
     for _ in range(repeats):
         predicted, baseline = (
