@@ -86,20 +86,18 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
 
     Raises:
         UserError: the file is broken.
-        OSError: it can't be written.
     """
     if path.exists():
         found = find_fingerprint(read_lines(path, dataset)[0])
         if found and found != dataset.fingerprint:
             other = _set_aside(path, found)
-            path.replace(other)
+            cli.rename(path, other)
             cli.say(f"{path} was made for other data: it has been renamed {other.name}")
     earlier = _set_aside(path, dataset.fingerprint)
     if earlier.exists() and not path.exists():
-        earlier.replace(path)
+        cli.rename(earlier, path)
     if not path.exists():
         return {}
-    path.open("ab").close()  # before the long work: on Windows, Excel locks the file
     corrections = read_corrections(path, dataset) if is_reviewed(path, dataset) else []
     return {correction.index: correction for correction in corrections}
 
@@ -214,7 +212,10 @@ def main() -> None:
     dataset = open_data(arguments.data).load("train", arguments.quick)
     results = Results(arguments, describe(dataset))
     earlier = results.folder / FILE
-    read_decisions(earlier, dataset)  # reports a broken file before the long work
+    # A broken file, and one that Excel has locked on Windows, are reported before the long work.
+    read_decisions(earlier, dataset)
+    if earlier.exists():
+        earlier.open("ab").close()
 
     recipe = with_epochs(LABEL_ERRORS, None, arguments.quick)
     logits = cross_val_logits(recipe, dataset, arguments.seed, device)

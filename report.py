@@ -6,8 +6,8 @@
     python report.py --hand-in my_work --author "My Name" --checkpoint mine.ckpt
 
 Each step is one of the scripts, run as you would run it yourself; its files are in
-report/steps/<step>. A step whose options, input files, data and code are unchanged is not run
-again, so a report that was stopped resumes where it stopped.
+report/steps/<step>. A step is not run again if nothing that its results depend on has changed, so
+a report that was stopped resumes where it stopped.
 """
 
 import argparse
@@ -169,6 +169,10 @@ class Report:
         if step.name == "model" and arguments.pixel_range:
             options += ["--pixel-range", "{:g},{:g}".format(*arguments.pixel_range)]
         return [*options, "--quick"] if arguments.quick else options
+
+    def command_of(self, step: Step) -> str:
+        """Return the command that runs a step, for the page."""
+        return shlex.join([step.script, *self.options_of(step)])
 
     def origin_of(self, step: Step) -> dict[str, Any]:
         """Return everything that a step's results depend on."""

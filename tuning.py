@@ -10,7 +10,7 @@ owes part of its score to luck, so it is compared with the recipe's own settings
 third, which no trial has seen.
 
 All trials are kept in a database. Repeat the same command to resume a search that was stopped.
-Several machines that name the same database share one search:
+Several machines with the same code that name the same database share one search:
 
     python tuning.py --storage postgresql+psycopg://user@server/name
 
@@ -54,6 +54,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 COMMON = cli.PROJECT / "common"
+CODE = ("data.py", "metrics.py", "model.py", "train.py")  # that a trial's score depends on
 TRIALS = 20
 # Fewer epochs, so that more settings can be tried; one thread, as folds are trained in parallel.
 RECIPE = replace(TUNED, epochs=16, threads=1)
@@ -301,8 +302,8 @@ def open_study(url: str | None, folder: Path, name: str) -> optuna.Study:
 
 
 def study_name(recipe: Recipe, dataset: Dataset, seed: int) -> str:
-    """Return a name that changes with everything that a trial's score depends on."""
-    code = [path.read_text(encoding="utf-8") for path in sorted(COMMON.glob("*.py"))]
+    """Return a name that changes with the settings, the data and the code of a trial."""
+    code = [(COMMON / name).read_text(encoding="utf-8") for name in CODE]
     rest = zlib.crc32(repr((recipe, SPACE, PARTS, FOLDS, code)).encode())
     return f"{recipe.name}-{dataset.fingerprint}-epochs{recipe.epochs}-seed{seed}-{rest:08x}"
 
@@ -359,8 +360,9 @@ def main() -> None:
 
     trials = arguments.trials or (3 if arguments.quick else TRIALS)
     database = arguments.storage or str(results.folder / "tuning.db")
+    name = study_name(recipe, dataset, seed)
     with storage_errors(database, Exception):  # a damaged one can fail in any way
-        study = open_study(url, results.folder, study_name(recipe, dataset, seed))
+        study = open_study(url, results.folder, name)
         end_killed_trials(study)
     with storage_errors(database):
         search(study, recipe, trials, score, seed, save)

@@ -321,7 +321,7 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         write(part)
-        _rename(part, path)
+        rename(part, path)
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror or 'failed'}") from error
     finally:
@@ -329,8 +329,8 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
             part.unlink(missing_ok=True)
 
 
-def _rename(source: Path, path: Path) -> None:
-    """Rename a file; on Windows, try for a second: virus scanners open new files for a moment."""
+def rename(source: Path, path: Path) -> None:
+    """Rename a file; on Windows, wait up to a second while a virus scanner has it open."""
     for pause in (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 0):
         try:
             source.replace(path)

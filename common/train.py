@@ -208,7 +208,7 @@ class Run:
         """
         for weight in self.model.parameters():
             weight.grad = torch.zeros_like(weight)
-        self.optimizer.step()  # creates the state whose layout is compared: loading checks none
+        self.optimizer.step()  # creates a state to compare with: loading one checks no layout
         if not same_layout(state, self.state_dict()):
             raise ValueError("not the state of this run")
         self.model.load_state_dict(state["model"])
@@ -541,16 +541,16 @@ def parallel_map(
         for job in progress_bar(jobs):
             yield _call(function, job)
         return
-    # Workers send objects of the script by this name of it. After `%run` in a notebook, it may be
-    # that of an earlier script.
+    # Workers name the script's classes by this module. After `%run` in a notebook, it may still be
+    # an earlier script.
     sys.modules["__mp_main__"] = sys.modules["__main__"]
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         futures = [pool.submit(_call_in_worker, _ByValue((function, job))) for job in jobs]
         for future in progress_bar(futures):
-            while not wait([future], timeout=0.5).done:
-                pass  # on Windows, Ctrl-C can't end a wait without a timeout
+            while not future.done():  # on Windows, Ctrl-C can't end a wait without a timeout
+                wait([future], timeout=0.5)
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError("a process was killed, probably because the memory is full") from error

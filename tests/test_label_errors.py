@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import label_errors
 from common import cli
@@ -185,6 +186,24 @@ def test_a_broken_file_of_decisions_is_reported_before_the_models_are_trained(
     status, _, error = run_script(label_errors, "--data", noisy, "--out", tmp_path / "out")
     assert status == 2
     assert "'perhaps'" in error
+
+
+def test_a_file_of_decisions_that_excel_has_locked_is_reported_before_the_models_are_trained(
+    noisy, run_script, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(label_errors, "cross_val_logits", lambda *_: pytest.fail("too late"))
+    path, opens = tmp_path / "out" / "label_corrections.csv", Path.open
+
+    def locked(self, mode="r", **settings):
+        if self == path and "r" not in mode:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opens(self, mode, **settings)
+
+    path.parent.mkdir()
+    path.write_text(format_corrections(open_data(str(noisy)).load("train"), []))
+    monkeypatch.setattr(Path, "open", locked)
+    status, _, error = run_script(label_errors, "--data", noisy, "--out", tmp_path / "out")
+    assert (status, error) == (2, f"error: {path}: Permission denied\n")
 
 
 def test_models_at_chance_level_flag_nothing_and_it_is_said(

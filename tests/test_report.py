@@ -265,7 +265,7 @@ def test_page_shows_what_the_json_files_hold(options, make_report, tmp_path):
     assert ("tuning.py</code> tried" in text) == ("--full" in options)
     assert "Figure 1." in text
     checkpoint = Path("out/steps/recipes/final.ckpt")
-    assert f"<code>evaluation.py --show-mismatch --checkpoint {checkpoint}</code>" in text
+    assert f"<code>evaluation.py --show-mismatch --checkpoint {checkpoint} --data " in text
 
 
 def test_page_names_the_command_that_ran(make_report, tmp_path, course_folder):

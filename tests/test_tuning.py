@@ -146,7 +146,8 @@ def test_the_name_of_a_study_tells_apart_what_can_not_be_compared(tmp_path, monk
     names |= {tuning.study_name(replace(TUNED, network="SmallVGG"), data[0], 0)}
     assert len(names) == 6
     assert tuning.study_name(TUNED, make_dataset(), 0) in names
-    (tmp_path / "train.py").write_text("changed")
+    for file in tuning.CODE:
+        (tmp_path / file).write_text("changed")
     monkeypatch.setattr(tuning, "COMMON", tmp_path)
     assert tuning.study_name(TUNED, make_dataset(), 0) not in names
 
