@@ -183,8 +183,8 @@ def summarize(target: Target, labels: Tensor) -> dict[str, Any]:
 def summarize_attack(labels: Tensor, before: Tensor, attacked: Attacked) -> dict[str, Any]:
     """Return the scores under an attack, its success rate, and the most predicted class.
 
-    Over several runs, the scores are means and `spread` is their standard deviation. `interval` is
-    the first run's: the uncertainty from the choice of images.
+    Over several runs, the scores are means and `spread` is their standard deviation; `interval`
+    (the uncertainty from the choice of images) and `confusion` are the first run's.
 
     Args:
         before: the classes predicted without an attack, [N].

@@ -197,7 +197,8 @@ def print_remarks(found: Evaluated, dataset: Dataset) -> None:
     )
     for name, count in zip(CLASS_NAMES, dataset.class_counts, strict=True):
         if count < SMALL_CLASS:
-            cli.say(f"Only {count} images of {name}: one is {1 / count:.1%} of the recall.")
+            points = f"{100 / count:.1f} percentage points"
+            cli.say(f"Only {count} images of {name}: one changes the recall by {points}.")
     if found.other_range:
         cli.say(describe_pixel_range(found))
 

@@ -96,7 +96,7 @@ def verdict(rate: float, curves: Mapping[float, np.ndarray]) -> str:
     """
     best, step = best_rate(curves), divergence_step(curves[rate])
     if step:
-        return f"too high: diverges at step {step} and learns nothing"
+        return f"too high: diverges at step {step}"
     if best is None:
         return "does not get clearly below chance level; no rate here does"
     if rate == best:

@@ -33,7 +33,7 @@ IMAGE_SIZE = 32
 QUICK_COUNT = 60  # images per class in a dry run
 
 DATA_FOLDER = PROJECT / "data"
-PREPARED = {"cifar10": cifar10, "synthetic": synthetic}  # by the module that makes them
+PREPARED = {"cifar10": cifar10, "synthetic": synthetic}  # name: the module that makes it
 OTHER_SPLITS = ("val", "valid", "validation", "test")  # a note says that they are not read
 
 MAX_FILE_SIZE = 2**24  # bytes, of an image

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009), cut to the report's classes and counts, with some labels wrong.
+"""CIFAR-10 (Krizhevsky 2009), cut to the report's classes and imbalance, with some labels wrong.
 
     python data/cifar10.py
     python data/cifar10.py --seed 3 --out my_folder

@@ -86,7 +86,7 @@ def test_numbers_of_one_checkpoint(run_script, dev_set):
     options = ("--data", "hidden", "--checkpoint", "mine.ckpt", "--out", "out")
     status, printed, _ = run_script(evaluation, *options)
     assert status == 0
-    assert "Only 10 images of cat: one is 10.0% of the recall." in printed
+    assert "Only 10 images of cat: one changes the recall by 10.0 percentage points." in printed
     assert "report" not in printed.splitlines()[3]
     numbers = json.loads(Path("out/evaluation.json").read_text())
     logits = predict_logits(brightest_channel(), dev_set.images)

@@ -53,6 +53,18 @@ def test_independence_holds_for_shuffled_and_fails_for_sorted_labels():
     assert independence_p_value(np.array([0, 1, 2])) is None
 
 
+@pytest.mark.parametrize(
+    ("p_value", "text"),
+    [
+        (None, "Too few images to test whether the classes drift."),
+        (0.05, "There is no sign that the classes drift (p = 0.05)."),
+        (0.0012, "The classes drift (p = 1e-03)."),
+    ],
+)
+def test_a_p_value_in_words(p_value, text):
+    assert inspectData.verdict(p_value, "the classes drift") == text
+
+
 def test_p_value_is_uniform_for_shuffled_labels():
     generator = np.random.default_rng(1)
     labels = np.repeat([0, 1, 2], [300, 120, 100])
