@@ -3,7 +3,7 @@
 Labels, predictions and logits may be NumPy arrays, torch tensors or lists.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from common.data import CLASS_NAMES
@@ -209,12 +209,8 @@ def compare(
     if runs > 1:
         standard_error = differences.std(ddof=1) / np.sqrt(runs)
         noise = standard_error * generator.standard_t(runs - 1, DRAWS)
-    # Where no image of a class is correct, the drawn recalls are still above 0, and the G-means far
-    # above. The interval also covers the cases that one of the models, or both, never recognize it.
-    never, is_baseline = observed == 0, np.arange(2 * runs)[:, None] < runs
     ends = []
-    for zeros in (np.False_, never, never & is_baseline, never & ~is_baseline):
-        recalls = np.where(zeros, 0, drawn)
+    for recalls in _with_zeros(drawn, observed):
         draws = _per_run_difference(recalls, fractions, score).mean(axis=-1)
         ends.append(_interval_around(draws + noise, difference, TAIL / comparisons))
     interval = [float(np.min(ends)), float(np.max(ends))]
@@ -233,6 +229,18 @@ def _draw_recalls(correct: np.ndarray, generator: np.random.Generator) -> np.nda
     counts = np.concatenate([counts, [PSEUDO_WEIGHT] * 4])
     weights = generator.standard_gamma(counts, (DRAWS, len(counts)))
     return (weights @ patterns.T) / weights.sum(axis=1, keepdims=True)
+
+
+def _with_zeros(drawn: np.ndarray, observed: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the drawn recalls [DRAWS, 2 S, C], then with zeros in place of some.
+
+    Where no image of a class is correct, the draws are still above 0, and the G-means far above.
+    In truth, one of the models, or both, may never recognize that class.
+    """
+    never = observed == 0
+    is_baseline = np.arange(len(never))[:, None] < len(never) // 2
+    for zeros in (False, never, never & is_baseline, never & ~is_baseline):
+        yield np.where(zeros, 0, drawn)
 
 
 def _per_run_difference(recalls: np.ndarray, fractions: np.ndarray, score: str) -> np.ndarray:
