@@ -237,10 +237,12 @@ def _with_zeros(drawn: np.ndarray, observed: np.ndarray) -> Iterator[np.ndarray]
     Where no image of a class is correct, the draws are still above 0, and the G-means far above.
     In truth, one of the models, or both, may never recognize that class.
     """
+    yield drawn
     never = observed == 0
-    is_baseline = np.arange(len(never))[:, None] < len(never) // 2
-    for zeros in (False, never, never & is_baseline, never & ~is_baseline):
-        yield np.where(zeros, 0, drawn)
+    if never.any():
+        is_baseline = np.arange(len(never))[:, None] < len(never) // 2
+        for zeros in (never, never & is_baseline, never & ~is_baseline):
+            yield np.where(zeros, 0, drawn)
 
 
 def _per_run_difference(recalls: np.ndarray, fractions: np.ndarray, score: str) -> np.ndarray:
