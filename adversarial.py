@@ -21,11 +21,9 @@ from common.cli import PROJECT, Results, UserError
 from common.data import CLASS_NAMES, Dataset, describe, open_data, to_float
 from common.metrics import SCORE_TITLES
 from common.model import (
-    ASSUMED_RANGE,
     Checkpoint,
     Classifier,
     choose_device,
-    describe_checkpoint,
     finite_logits,
     load_checkpoint,
     predict_logits,
@@ -454,8 +452,7 @@ def load_all(
     loaded = {}
     for name, path in paths.items():
         loaded[name] = found = load_checkpoint(path, pixel_range, strict_range=False)
-        note = f"; {ASSUMED_RANGE}" if found.assumed_range else ""
-        cli.say(f"{path}: {describe_checkpoint(found.metadata)}{note}")
+        cli.say(f"{path}: {found.describe()}")
     if pixel_range and not any(each.bare for each in loaded.values()):
         raise UserError("--pixel-range: each of these checkpoints has its own; omit the option")
     return loaded

@@ -98,7 +98,9 @@ def read_decisions(path: Path, dataset: Dataset) -> dict[int, Correction]:
         cli.rename(earlier, path)
     if not path.exists():
         return {}
-    corrections = read_corrections(path, dataset) if is_reviewed(path, dataset) else []
+    corrections = read_corrections(path, dataset)
+    if not is_reviewed(path, dataset, corrections):
+        return {}
     return {correction.index: correction for correction in corrections}
 
 

@@ -41,7 +41,7 @@ from common.data import (
     read_corrections,
 )
 from common.metrics import SCORE_TITLES
-from common.model import ASSUMED_RANGE, choose_device, describe_checkpoint, load_checkpoint
+from common.model import choose_device, load_checkpoint
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -280,26 +280,23 @@ class Report:
         """Return what the page and AUTHOR.txt say about the work and its author."""
         path, labels = self.paths["checkpoint"], self.paths["labels"]
         found = load_checkpoint(path, self.arguments.pixel_range)
-        model = f"{path.name}, {describe_checkpoint(found.metadata)}"
-        if found.assumed_range:
-            model += f"; {ASSUMED_RANGE}"
         recipe = found.metadata.get("recipe")
         settings = dict(recipe) if isinstance(recipe, dict) else {}
         if isinstance(label_filter := settings.get("label_filter"), dict):
             settings["label_filter"] = label_filter.get("name")
         corrections = read_corrections(labels, self.train)
         accepted = sum(correction.accept for correction in corrections)
-        unreviewed = "" if is_reviewed(labels, self.train) else ", not reviewed by a person"
+        reviewed = is_reviewed(labels, self.train, corrections)
         return {
             "author": cli.one_line(self.arguments.author) or "not named",
-            "model": model,
+            "model": f"{path.name}, {found.describe()}",
             "settings": ", ".join(
                 f"{key} {cli.safe_repr(value)}"
                 for key, value in settings.items()
                 if value is not None and value is not False
             ),
             "label corrections": f"{labels.name}, {accepted} of {len(corrections)} accepted"
-            + unreviewed,
+            + ("" if reviewed else ", not reviewed by a person"),
             "command": shlex.join(["python", "report.py", *sys.argv[1:]]),
         }
 

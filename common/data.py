@@ -502,10 +502,9 @@ def read_corrections(path: Path, dataset: Dataset) -> list[Correction]:
     return list(rows.values())
 
 
-def is_reviewed(path: Path, dataset: Dataset) -> bool:
-    """Return whether a person has reviewed or edited a file of corrections."""
-    mark = _unreviewed_mark(read_corrections(path, dataset))
-    return mark not in read_lines(path, dataset)[0]
+def is_reviewed(path: Path, dataset: Dataset, corrections: Sequence[Correction]) -> bool:
+    """Return whether a person has reviewed or edited the file with these corrections."""
+    return _unreviewed_mark(corrections) not in read_lines(path, dataset)[0]
 
 
 def _split_rows(path: Path, lines: list[str]) -> list[list[str]]:

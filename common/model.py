@@ -283,6 +283,11 @@ class Checkpoint:
     bare: bool  # it holds weights only
     assumed_range: bool  # nobody has named the pixel range of a bare one
 
+    def describe(self) -> str:
+        """Return in a few words how it was trained, and whether its pixel range is assumed."""
+        note = f"; {ASSUMED_RANGE}" if self.assumed_range else ""
+        return f"{describe_checkpoint(self.metadata)}{note}"
+
 
 def load_checkpoint(
     file: Path | bytes,
